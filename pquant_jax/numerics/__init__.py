@@ -1,0 +1,25 @@
+"""Level 1: the fixed-point grid, its gradients, and the primitives that interpreters read."""
+
+from pquant_jax.numerics._fixed import LN2, ceil_log2, check_modes, integer_bits, kif, power_of_two, round_ste, total_bits
+from pquant_jax.numerics._primitive import mask, mask_p, quantize, quantize_p, rebind, site, site_p
+from pquant_jax.numerics.oracle import OVERFLOWS, ROUNDINGS
+
+__all__ = [
+    "LN2",
+    "OVERFLOWS",
+    "ROUNDINGS",
+    "ceil_log2",
+    "check_modes",
+    "integer_bits",
+    "kif",
+    "mask",
+    "mask_p",
+    "power_of_two",
+    "quantize",
+    "quantize_p",
+    "rebind",
+    "round_ste",
+    "site",
+    "site_p",
+    "total_bits",
+]

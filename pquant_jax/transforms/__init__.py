@@ -1,0 +1,26 @@
+"""Level 2: combinators on `Transform`, and the bridge to optax."""
+
+from pquant_jax.transforms._chain import chain, named
+from pquant_jax.transforms._optax import CompressionState, as_optax, boundary, optimizer, state_of, strong, update_state
+from pquant_jax.transforms._order import kth_largest
+from pquant_jax.transforms._parts import entering, hyper, keep_params, labelled, masked, no_penalty, with_hyper
+
+__all__ = [
+    "CompressionState",
+    "as_optax",
+    "boundary",
+    "chain",
+    "entering",
+    "hyper",
+    "keep_params",
+    "kth_largest",
+    "labelled",
+    "masked",
+    "named",
+    "no_penalty",
+    "optimizer",
+    "state_of",
+    "strong",
+    "update_state",
+    "with_hyper",
+]

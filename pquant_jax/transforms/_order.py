@@ -1,0 +1,30 @@
+"""Order statistics with a traced rank, without a sort."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+_TOP_BIT = 30  # the sign bit of a non-negative float32 is 0
+
+
+def kth_largest(magnitudes: jax.Array, k: jax.Array) -> jax.Array:
+    """The k-th largest of non-negative float32 values, k from 1 to size, traced; any shape in, a scalar out.
+
+    Bisection over the bit pattern: non-negative floats order like their bits as integers, so 31 counts find the value
+    exactly; `lax.top_k` needs a static k and a sort is slower.  The gradient goes to the elements equal to the result,
+    shared equally between ties.
+
+    >>> float(kth_largest(jnp.float32([3, 1, 2]), jnp.int32(2)))
+    2.0
+    """
+    flat = jnp.ravel(magnitudes)
+    bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(flat), jnp.int32)
+
+    def refine(step: jax.Array, found: jax.Array) -> jax.Array:
+        candidate = found | (jnp.int32(1) << (_TOP_BIT - step))
+        return jnp.where(jnp.sum((bits >= candidate).astype(jnp.int32)) >= k, candidate, found)
+
+    value = jax.lax.fori_loop(0, _TOP_BIT + 1, refine, jnp.zeros((), jnp.int32))
+    chosen = bits == value
+    return jnp.sum(jnp.where(chosen, flat, 0)) / jnp.sum(chosen).astype(flat.dtype)
