@@ -121,11 +121,16 @@ def _quantize(node: Node, x: Interval) -> Interval:
     rounding, overflow = str(at["rounding"]), str(at["overflow"])
     low, high = (quantize(v, k, i, f, rounding=rounding, overflow=overflow) for v in x[:2])
     _, overflows = quantize_acts(node, x)
-    if overflow in ("WRAP", "WRAP_SM"):
-        lowest, highest = _format(k, i, f)
+    grid = np.minimum(f, _grid(x))
+    if overflow == "WRAP":  # subtracting periods 2^(i+k) leaves a coarse grid coarse
         whole = overflows & (x.low != x.high)
+        lowest, highest = _format(k, i, np.maximum(grid, -(i + k)))
+        return _make(np.where(whole, lowest, low), np.where(whole, highest, high), grid)
+    if overflow == "WRAP_SM":
+        whole = overflows & (x.low != x.high)
+        lowest, highest = _format(k, i, f)
         low, high = np.where(whole, lowest, low), np.where(whole, highest, high)
-    return _make(low, high, np.where(overflows, f, np.minimum(f, _grid(x))))
+    return _make(low, high, np.where(overflows, f, grid))
 
 
 def _products(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -30,7 +30,7 @@ class DSTState(NamedTuple):
 def binary_step(x: jax.Array) -> jax.Array:
     """1[x > 0] with the surrogate derivative 2 - 4|x| for |x| <= 0.4, 0.4 for 0.4 < |x| <= 1, else 0 (eq. 4).
 
-    >>> [round(float(jax.grad(binary_step)(v)), 2) for v in (0.1, 0.7, 2.0)]
+    >>> [round(float(jax.grad(binary_step)(v)), 2) for v in jnp.float32([0.1, 0.7, 2.0])]
     [1.6, 0.4, 0.0]
     """
     return (x > 0).astype(x.dtype)
@@ -72,7 +72,7 @@ def dst(
     Raises: TransformError for an unknown granularity or a model without kernels.
 
     >>> t = dst(alpha=5e-6)
-    >>> params = t.attach({"kernel": jnp.float32([[0.5, -0.2]])})
+    >>> params = t.attach({"kernel": jnp.float32([[0.5, 0.2]])})
     >>> state = t.init(params)._replace(stage=jnp.int32(Stage.TRAIN))
     >>> params.extra["dst"]["kernel"] = jnp.float32([[0.3, 0.3]])
     >>> t.apply(params, state)[0].model["kernel"].tolist()

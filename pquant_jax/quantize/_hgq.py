@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from pquant_jax import _tree
 from pquant_jax._base import KIF, Event, Params, SiteSpec, Stage, Stats, Transform, Tree, View
 from pquant_jax._errors import TransformError
-from pquant_jax.numerics import integer_bits, power_of_two, quantize
+from pquant_jax.numerics import integer_bits, quantize
 from pquant_jax.quantize._format import Format, Rules, format_shape, resolve, sign_bits, view_of
 from pquant_jax.transforms import hyper, labelled
 
@@ -97,11 +97,11 @@ def hgq(
     def kifs(params: Params, state: HGQState) -> dict[str, KIF]:
         bits, leaves, made = params.extra["hgq"], _tree.flatten(params.model), {}
         for name, fmt in formats.items():
-            f = bits["f"][name]
+            k, f = state.k[name], bits["f"][name]
             i = bits["i"].get(name, state.i.get(name))
             if i is None:
-                i = _own_integer_bits(leaves[name], f, fmt.rounding)
-            made[name] = KIF(state.k[name], i, f, fmt.rounding, fmt.overflow)
+                k, i = _own_format(leaves[name], f, fmt.rounding)
+            made[name] = KIF(k, i, f, fmt.rounding, fmt.overflow)
         return made
 
     def apply(params: Params, state: HGQState) -> tuple[View, HGQState]:
@@ -151,32 +151,33 @@ def hgq(
     return Transform("hgq", attach, init, apply, step, boundary, penalty, labelled("hgq", "bits"), needs)
 
 
-def _own_integer_bits(w: jax.Array, f: jax.Array, rounding: str) -> jax.Array:
-    """i that the rounded weights need, per element of f's shape."""
-    rounded = jax.lax.stop_gradient(quantize(w, KIF(jnp.ones_like(f), jnp.zeros_like(f), f, rounding, "WRAP"), wrap=False))
-    shared = tuple(a for a, (n, m) in enumerate(zip(w.shape, f.shape, strict=True)) if m == 1 and n != 1)
-    return integer_bits(jnp.min(rounded, shared, keepdims=True), jnp.max(rounded, shared, keepdims=True), f)
+def _own_format(w: jax.Array, f: jax.Array, rounding: str) -> tuple[jax.Array, jax.Array]:
+    """(k, i) of the narrowest two's complement that holds the rounded weights, per element of f's shape; 0 needs no bits."""
+    low, high = _shared_range(*(jax.lax.stop_gradient(_rounded(w, f, rounding)),) * 2, f.shape)
+    return (low < 0).astype(f.dtype), integer_bits(low, high, f)
+
+
+def _shared_range(low: jax.Array, high: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """The range of everything that shares one format, of the format's shape."""
+    shared = tuple(a for a, (n, m) in enumerate(zip(low.shape, shape, strict=True)) if m == 1 and n != 1)
+    return jnp.min(low, shared, keepdims=True), jnp.max(high, shared, keepdims=True)
 
 
 def _site_range(stats: Stats, name: str, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     ranges = stats.get("range", {})
     if name not in ranges:
         raise TransformError(f"no range of site {name!r} in the statistics; pass stats= from inst.capture of the same model")
-    low, high = ranges[name]
-    shared = tuple(a for a, (n, m) in enumerate(zip(low.shape, shape, strict=True)) if m == 1 and n != 1)
-    return jnp.min(low, shared, keepdims=True), jnp.max(high, shared, keepdims=True)
+    return _shared_range(*ranges[name], shape)
 
 
 def _range_bits(stats: Stats, name: str, f: jax.Array, rounding: str) -> jax.Array:
     low, high = _site_range(stats, name, f.shape)
-    fmt = KIF(jnp.ones_like(f), jnp.zeros_like(f), f, rounding, "WRAP")
-    return integer_bits(*(_rounded(v, fmt) for v in (low, high)), f)
+    return integer_bits(_rounded(low, f, rounding), _rounded(high, f, rounding), f)
 
 
-def _rounded(v: jax.Array, fmt: KIF) -> jax.Array:
-    # wide enough for any value: the zero-width rule must not act on a range
-    wide = KIF(fmt.k, jnp.full_like(fmt.f, 64.0), fmt.f, fmt.rounding, "WRAP")
-    return quantize(v, wide, wrap=False)
+def _rounded(v: jax.Array, f: jax.Array, rounding: str) -> jax.Array:
+    # i = 64: wide enough for any value, so that the zero-width rule does not act on a range
+    return quantize(v, KIF(jnp.ones_like(f), jnp.full_like(f, 64.0), f, rounding, "WRAP"), wrap=False)
 
 
 def _range_sign(stats: Stats, name: str, k: jax.Array) -> jax.Array:

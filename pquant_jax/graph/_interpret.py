@@ -1,0 +1,195 @@
+"""A jaxpr as a flat program: what `instrument`, `ebops` and the lowering have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+from pquant_jax._errors import TraceError
+from pquant_jax.numerics import rebind, site_p
+
+INLINE: Mapping[str, str] = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+}
+PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
+ELEMENTWISE = frozenset(
+    "add sub mul div max min neg abs sign square integer_pow pow exp exp2 log log1p expm1 tanh logistic rsqrt sqrt cbrt erf sin cos "
+    "floor ceil round select_n clamp ge gt le lt eq ne and or not xor is_finite nextafter rem "
+    "quantize mask site copy stop_gradient convert_element_type reduce_precision optimization_barrier custom_jvp_call "
+    "custom_vjp_call".split()
+)
+REDUCE = frozenset({"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin", "psum"})
+
+
+class Const(NamedTuple):
+    """A literal or closed-over constant operand of a step."""
+
+    value: Any
+
+
+class Step(NamedTuple):
+    """One equation of the flat program; operands are slots (int) or `Const`s, results are slots."""
+
+    eqn: Any
+    ins: tuple[int | Const, ...]
+    outs: tuple[int, ...]
+
+
+class Program(NamedTuple):
+    """A jaxpr with its calls inlined: every value has a slot."""
+
+    steps: tuple[Step, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int | Const, ...]
+
+
+def inner(eqn: Any) -> tuple[Jaxpr, Sequence[Any]] | None:
+    """The jaxpr and constants of a call-like equation, else None."""
+    key = INLINE.get(eqn.primitive.name)
+    if key is None:
+        return None
+    sub = eqn.params[key]
+    return (sub.jaxpr, sub.consts) if isinstance(sub, ClosedJaxpr) else (sub, ())
+
+
+def flatten(closed: ClosedJaxpr, opaque: Callable[[Any], bool] = lambda eqn: False) -> Program:
+    """Inline every call except those that `opaque(eqn)` wants to keep whole."""
+    steps: list[Step] = []
+    count = 0
+
+    def fresh() -> int:
+        nonlocal count
+        count += 1
+        return count - 1
+
+    def walk(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[int | Const]) -> list[int | Const]:
+        env: dict[Any, int | Const] = dict(zip(jaxpr.constvars, map(Const, consts), strict=True))
+        env.update(zip(jaxpr.invars, args, strict=True))
+
+        def read(v: Any) -> int | Const:
+            return Const(v.val) if isinstance(v, Literal) else env[v]
+
+        for eqn in jaxpr.eqns:
+            ins = tuple(read(v) for v in eqn.invars)
+            call = inner(eqn)
+            if call is not None and not opaque(eqn):
+                outs: Sequence[int | Const] = walk(call[0], call[1], ins)
+            else:
+                slots = tuple(fresh() for _ in eqn.outvars)
+                steps.append(Step(eqn, ins, slots))
+                outs = slots
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    inputs = tuple(fresh() for _ in closed.jaxpr.invars)
+    outputs = walk(closed.jaxpr, closed.consts, inputs)
+    return Program(tuple(steps), inputs, tuple(outputs))
+
+
+def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """Bind the equation's primitive on concrete or traced values; our own primitives get their gradient rule back."""
+    ours = rebind(eqn.primitive, tuple(values), eqn.params)
+    if ours is not None:
+        return [ours]
+    # a custom_jvp_call keeps its rule this way; the functions come apart from the parameters before jax 0.10
+    made = eqn.primitive.get_bind_params(eqn.params)
+    functions, params = made if isinstance(made, tuple) else ((), made)
+    out = eqn.primitive.bind(*functions, *values, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def contains_product(jaxpr: Jaxpr) -> bool:
+    """Does the jaxpr, or one nested in it, hold a product or a named site?"""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in PRODUCTS or eqn.primitive is site_p:
+            return True
+        for value in eqn.params.values():
+            nested = value.jaxpr if isinstance(value, ClosedJaxpr) else value
+            if isinstance(nested, Jaxpr) and contains_product(nested):
+                return True
+    return False
+
+
+def batch_axes(program: Program, inputs: Sequence[int | None]) -> dict[int, int | None]:
+    """Which axis of every value is the batch; None for values that are the same for all samples.
+
+    A value that lost its batch axis to a reduction is a batch statistic.
+    """
+    axes: dict[int, int | None] = dict(zip(program.inputs, inputs, strict=True))
+
+    def axis(operand: int | Const) -> int | None:
+        return None if isinstance(operand, Const) else axes[operand]
+
+    for step in program.steps:
+        found = _batch_of(step.eqn, [axis(v) for v in step.ins])
+        axes.update((slot, found) for slot in step.outs)
+    return axes
+
+
+def _batch_of(eqn: Any, batch: list[int | None]) -> int | None:
+    where = next((n for n, b in enumerate(batch) if b is not None), None)
+    if where is None:
+        return None
+    b, name, params = batch[where], eqn.primitive.name, eqn.params
+    shape, out = eqn.invars[where].aval.shape, eqn.outvars[0].aval.shape
+    if name == "dot_general":
+        return _batch_of_dot(eqn, batch)
+    if name == "conv_general_dilated":
+        return params["dimension_numbers"].out_spec[0]
+    if name in REDUCE:
+        axes = tuple(params.get("axes", ()))
+        return None if b in axes else b if name == "psum" else b - sum(a < b for a in axes)
+    if name == "transpose":
+        return tuple(params["permutation"]).index(b)
+    if name == "broadcast_in_dim":
+        return int(params["broadcast_dimensions"][b])
+    if name == "squeeze":
+        return b - sum(a < b for a in params["dimensions"])
+    if name == "reshape":
+        before = int(np.prod(shape[:b]))
+        for a in range(len(out)):
+            if int(np.prod(out[:a])) == before and out[a] == shape[b]:
+                return a
+        raise TraceError(f"reshape {shape} -> {out} mixes the batch (axis {b}) with other axes; keep samples apart")
+    if name in ELEMENTWISE or (len(out) > b and out[b] == shape[b]):
+        return b
+    raise TraceError(f"can't follow the batch through {name!r} ({shape} -> {out}); move it out of the compressed model")
+
+
+def _batch_of_dot(eqn: Any, batch: list[int | None]) -> int | None:
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
+    side = 0 if batch[0] is not None else 1
+    b = batch[side]
+    contract, batched = ((lhs_contract, lhs_batch), (rhs_contract, rhs_batch))[side]
+    if b in contract:
+        return None
+    if b in batched:
+        return tuple(batched).index(b)
+    ranks = [len(v.aval.shape) for v in eqn.invars]
+    free = [[d for d in range(r) if d not in (*c, *t)] for r, c, t in zip(ranks, (lhs_contract, rhs_contract), (lhs_batch, rhs_batch), strict=True)]
+    before = len(lhs_batch) + (len(free[0]) if side else 0)
+    return before + free[side].index(b)
+
+
+def live(program: Program, axes: Mapping[int, int | None], outputs: Sequence[int | Const]) -> set[int]:
+    """Slots from which `outputs` are reached through batched values alone.
+
+    What leads only to batch statistics (the squares in a training BatchNorm) is not hardware and gets no site.
+    """
+    reached = {slot for slot in outputs if not isinstance(slot, Const)}
+    for step in reversed(program.steps):
+        if any(slot in reached and axes[slot] is not None for slot in step.outs):
+            reached.update(v for v in step.ins if not isinstance(v, Const))
+    return reached

@@ -1,0 +1,123 @@
+"""What `instrument` knows of a value beside its array: where it comes from and whether it can be negative."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from pquant_jax.graph._interpret import Const, flatten, inner
+
+STRUCTURE = frozenset(
+    "reshape transpose squeeze expand_dims broadcast_in_dim convert_element_type copy stop_gradient slice rev concatenate "
+    "optimization_barrier dynamic_slice gather pad reduce_precision".split()
+)
+
+
+@dataclass(eq=False)
+class Value:
+    """An array with its provenance.
+
+    batch: its batch axis, None if it is the same for all samples.  signed: can it be negative.  leaf: (path, axes) if
+    it is one parameter up to transposition and axes of size 1.  paths: parameters that it was computed from.
+    derived: computed from model state or batch statistics.  affine: (base, scale, offset) if it is base * scale +
+    offset with parts that are the same for all samples.  on_grid: itself after its site.
+    """
+
+    val: Any
+    batch: int | None = None
+    signed: bool = True
+    leaf: tuple[str, tuple[int | None, ...]] | None = None
+    paths: frozenset[str] = frozenset()
+    derived: bool = False
+    affine: tuple[Value, Value | None, Value | None] | None = field(default=None, repr=False)
+    on_grid: Value | None = field(default=None, repr=False)
+
+
+def constant(value: Any) -> Value:
+    """A literal or closed-over constant."""
+    return Value(value, signed=bool(np.any(np.asarray(value) < 0)))
+
+
+def is_parameter(v: Value) -> bool:
+    """Is it the same for all samples, and trained, stored or a batch statistic (not a plain constant)?"""
+    return v.batch is None and (bool(v.paths) or v.derived)
+
+
+def outputs(eqn: Any, ins: Sequence[Value], arrays: Sequence[Any], batch: int | None) -> list[Value]:
+    """The results of a bound equation with their provenance."""
+    paths = frozenset().union(*(v.paths for v in ins)) if ins else frozenset()
+    derived = any(v.derived for v in ins) or (batch is None and any(v.batch is not None for v in ins))
+    signed = can_be_negative(eqn, [v.signed for v in ins], [v.val for v in ins])
+    leaf = _leaf_through(eqn, ins)
+    return [Value(a, batch, signed, leaf, paths, derived) for a in arrays]
+
+
+def can_be_negative(eqn: Any, signed: Sequence[bool], values: Sequence[Any]) -> bool:
+    """A sound answer from the signs of the operands; True when in doubt."""
+    name = eqn.primitive.name
+    if name in ("exp", "exp2", "logistic", "abs", "square", "sqrt", "rsqrt") or (name == "integer_pow" and eqn.params["y"] % 2 == 0):
+        return False
+    if name == "max":
+        return all(signed)
+    if name == "select_n":
+        return any(signed[1:])
+    if name == "clamp":
+        return signed[0] and signed[1]
+    if name in STRUCTURE or name in ("add", "mul", "div", "min", "mask", "site", "reduce_sum", "reduce_max", "reduce_min"):
+        return any(signed)
+    call = inner(eqn)
+    if call is not None:
+        return _signed_call(call, signed)
+    return True
+
+
+def _signed_call(call: tuple[Any, Sequence[Any]], signed: Sequence[bool]) -> bool:
+    from jax.extend.core import ClosedJaxpr
+
+    program = flatten(ClosedJaxpr(call[0], call[1]))
+    known = dict(zip(program.inputs, signed, strict=True))
+    for step in program.steps:
+        flags = [bool(np.any(np.asarray(v.value) < 0)) if isinstance(v, Const) else known[v] for v in step.ins]
+        known.update((slot, can_be_negative(step.eqn, flags, ())) for slot in step.outs)
+    last = program.outputs[0]
+    return True if isinstance(last, Const) else known[last]
+
+
+def _leaf_through(eqn: Any, ins: Sequence[Value]) -> tuple[str, tuple[int | None, ...]] | None:
+    if len(ins) != 1 or ins[0].leaf is None:
+        return None
+    path, axes = ins[0].leaf
+    name, shape, out = eqn.primitive.name, eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    if name in ("convert_element_type", "copy", "optimization_barrier", "reduce_precision"):
+        return path, axes
+    if name == "transpose":
+        return path, tuple(axes[d] for d in eqn.params["permutation"])
+    if name == "broadcast_in_dim":
+        placed: list[int | None] = [None] * len(out)
+        for d, target in enumerate(eqn.params["broadcast_dimensions"]):
+            placed[int(target)] = axes[d]
+        return path, tuple(placed)
+    if name in ("reshape", "squeeze", "expand_dims"):
+        kept = [a for a, n in zip(axes, shape, strict=True) if n != 1]
+        if [n for n in shape if n != 1] != [n for n in out if n != 1]:
+            return None
+        sources = iter(kept)
+        return path, tuple(None if n == 1 else next(sources) for n in out)
+    return None
+
+
+def prefix(paths: frozenset[str]) -> str:
+    """The module that a set of parameters belongs to: `BatchNorm_0` for its scale and bias, "" if they share none."""
+    folders = [p.rsplit("/", 1)[0] + "/" if "/" in p else "" for p in sorted(paths)]
+    return os.path.commonprefix(folders).rpartition("/")[0] if folders else ""
+
+
+def expand(array: Any, batch: int | None) -> Any:
+    """A per-sample array with an axis of size 1 where the batch stands."""
+    array = jnp.asarray(array)
+    return array if batch is None else jnp.expand_dims(array, batch)
