@@ -18,8 +18,7 @@ from pquant_jax.graph import _ebops
 from pquant_jax.graph._interpret import PRODUCTS, Const, batch_axes, bind, contains_product, flatten, inner, live
 from pquant_jax.graph._models import Model, as_model, check_forward
 from pquant_jax.graph._values import Value, constant, expand, is_parameter, outputs, prefix
-from pquant_jax.numerics import kif, quantize, site_p
-from pquant_jax.numerics import oracle
+from pquant_jax.numerics import kif, oracle, quantize, reduce_axis, site_p
 
 
 class Instrumented(NamedTuple):
@@ -346,7 +345,7 @@ def _at_site(run: _Run, v: Value, name: str, kind: str, *, shared: bool = False)
     run.specs[name] = spec
     axis = v.batch
     x = v.val
-    run.ranges[name] = (jnp.min(x, axis), jnp.max(x, axis)) if axis is not None else (x, x)
+    run.ranges[name] = _range(x, axis, v.signed)
     fmt = run.view.sites.get(name)
     if fmt is not None:
         fmt = KIF(*(expand(part, axis) for part in (fmt.k, fmt.i, fmt.f)), fmt.rounding, fmt.overflow)
@@ -354,3 +353,11 @@ def _at_site(run: _Run, v: Value, name: str, kind: str, *, shared: bool = False)
     made = Value(x, v.batch, v.signed, None, frozenset({name}) if kind == "input" else v.paths)
     v.on_grid = made
     return made
+
+
+def _range(x: Any, axis: int | None, signed: bool) -> tuple[Any, Any]:
+    """(low, high) over the batch; the low of a site that can't be negative is given as 0, which its width does not notice."""
+    if axis is None:
+        return x, x
+    high = reduce_axis(x, "max", axis)
+    return (reduce_axis(x, "min", axis) if signed else jnp.zeros_like(high)), high

@@ -18,6 +18,7 @@ from jax.interpreters import ad, batching, mlir
 
 from pquant_jax._base import KIF
 from pquant_jax.numerics import _fixed
+from pquant_jax.numerics._reduce import reduce_axis
 
 quantize_p = Primitive("quantize")
 mask_p = Primitive("mask")
@@ -78,9 +79,12 @@ def rebind(primitive: Primitive, values: tuple, params: dict[str, Any]) -> jax.A
 
 def _unbroadcast(g: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Sum a cotangent over the axes along which a format is shared (the transpose of broadcasting)."""
-    g = jnp.sum(g, axis=tuple(range(g.ndim - len(shape)))) if g.ndim > len(shape) else g
-    shared = tuple(a for a, n in enumerate(shape) if n == 1 and g.shape[a] != 1)
-    return jnp.sum(g, axis=shared, keepdims=True) if shared else g
+    while g.ndim > len(shape):
+        g = reduce_axis(g, "sum", 0)
+    for axis, n in enumerate(shape):
+        if n == 1 and g.shape[axis] != 1:
+            g = jnp.expand_dims(reduce_axis(g, "sum", axis), axis)
+    return g
 
 
 @functools.cache

@@ -160,7 +160,7 @@ def _own_format(w: jax.Array, f: jax.Array, rounding: str) -> tuple[jax.Array, j
 def _shared_range(low: jax.Array, high: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """The range of everything that shares one format, of the format's shape."""
     shared = tuple(a for a, (n, m) in enumerate(zip(low.shape, shape, strict=True)) if m == 1 and n != 1)
-    return jnp.min(low, shared, keepdims=True), jnp.max(high, shared, keepdims=True)
+    return (jnp.min(low, shared, keepdims=True), jnp.max(high, shared, keepdims=True)) if shared else (low, high)
 
 
 def _site_range(stats: Stats, name: str, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
