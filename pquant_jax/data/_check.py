@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from jax import tree_util as jtu
 
 from pquant_jax._errors import ConfigError, DataError, did_you_mean
 from pquant_jax.data._types import TASKS, Dataset, Split, Tree
+
+LISTS: Final = "a list is a tree of arrays here, so make one array of it with np.asarray"
 
 
 def check(dataset: Dataset, task: str, n_classes: int | None = None) -> Dataset:
@@ -62,14 +64,16 @@ def check_raw(split: Split, where: str) -> None:
         raise DataError(f"{where}: x holds no array")
     for name, leaf in leaves:
         if leaf.ndim < 2:
-            raise DataError(f"{where}: {name} has shape {leaf.shape}, expected (n, features...); use x[:, None] for one")
+            hint = "use x[:, None] for one feature" if leaf.ndim else LISTS
+            raise DataError(f"{where}: {name} has shape {leaf.shape}, expected (n, features...); {hint}")
     n, first = len(leaves[0][1]), leaves[0][0]
     targets = [("y" + jtu.keystr(path), np.asarray(leaf)) for path, leaf in jtu.tree_leaves_with_path(split.y)]
     if not targets:
         raise DataError(f"{where}: y holds no array")
     for name, leaf in leaves[1:] + targets:
         if leaf.ndim < 1 or len(leaf) != n:
-            raise DataError(f"{where}: {name} has shape {leaf.shape}, expected {n} rows, the length of {first}")
+            hint = "" if leaf.ndim else f"; {LISTS}"
+            raise DataError(f"{where}: {name} has shape {leaf.shape}, expected {n} rows, the length of {first}{hint}")
     if n == 0:
         raise DataError(f"{where}: the split is empty, expected at least one row")
     if split.weight is not None:
@@ -115,9 +119,7 @@ def _check_labels(y: np.ndarray, name: str, n_classes: int | None) -> None:
         hint = "; use y.argmax(axis=-1) for one-hot rows" if y.ndim == 2 else ""
         raise DataError(f"{name} has shape {y.shape}, expected labels (n,){hint}")
     if y.dtype.kind not in "iu":
-        raise DataError(
-            f"{name} has dtype {y.dtype}, expected integer labels 0, 1, ...; use y.astype(int), or task='regression'"
-        )
+        raise DataError(f"{name} has dtype {y.dtype}, expected integer labels 0, 1, ...; use y.astype(int), or task='regression'")
     bad = (y < 0) if n_classes is None else (y < 0) | (y >= n_classes)
     if bad.any():
         row = int(np.argmax(bad))

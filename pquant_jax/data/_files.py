@@ -13,9 +13,7 @@ from pquant_jax.data._arrays import from_arrays
 from pquant_jax.data._types import Dataset
 
 
-def from_npz(
-    path: str | os.PathLike[str], *, task: str = "classification", standardise: bool = False, seed: int = 0
-) -> Dataset:
+def from_npz(path: str | os.PathLike[str], *, task: str = "classification", standardise: bool = False, seed: int = 0) -> Dataset:
     """A checked `Dataset` from an .npz file; `from_arrays` says which arrays it may hold and what the options do.
 
     Raises `DataError` for a file that is missing, is no .npz or holds data that can't be trained on.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMNS: Final = ("input", "kernel", "bias", "scale", "offset")
-LABEL: Final = 36  # characters of a name beside a plot
+NARROW: Final = 22  # characters of a name beside one of two plots in a row
 
 
 def out_of_range(profile: Profile) -> float:
@@ -40,6 +40,7 @@ def ranges(profiles: Sequence[Profile]) -> str:
     """SVG: per site a box of |value| (quartiles, median; whiskers to the extremes) over its representable range.
 
     Log2 axis; the grey bar goes from the finest step 2^-f to the largest magnitude 2^i over the elements with bits.
+    Boxes of weights are of the non-zero ones; a box of activations that reaches the left edge goes on to exact zeros.
     Weights on the left, activations with the input on the right; sites that leave their range are in another colour
     and say how many of their elements do.
     """
@@ -48,21 +49,26 @@ def ranges(profiles: Sequence[Profile]) -> str:
     groups = {title: group for title, group in groups.items() if group}
     if not groups:
         return style.message("no site was profiled")
-    height = 0.34 * max(map(len, groups.values())) + 1.3
+    sizes = [len(group) for group in groups.values()]
+    stacked = max(len(style.short_name(p.name)) for p in profiles) > NARROW
+    heights = sizes if stacked else [max(sizes)]
 
     def draw(figure: Figure) -> None:
-        for axes, (title, group) in zip(np.ravel(figure.subplots(1, len(groups))), groups.items(), strict=True):
-            _draw_ranges(axes, group)
+        shape = (len(groups), 1) if stacked else (1, len(groups))
+        grid = np.ravel(figure.subplots(*shape, height_ratios=heights, squeeze=False))
+        for axes, (title, group) in zip(grid, groups.items(), strict=True):
+            _draw_ranges(axes, group, len(group) if stacked else max(sizes))
             axes.set_title(title)
         _range_legend(figure)
 
-    return style.render(draw, (10, height), "observed values and representable ranges")
+    return style.render(draw, (10, 0.34 * sum(heights) + 0.8 * len(heights) + 0.5), "observed values and representable ranges")
 
 
 def bit_widths(profiles: Sequence[Profile]) -> str:
     """SVG: mean bits of each layer's activations and weights, and the histogram of the widths of its kernel.
 
-    0 bits in the histogram are pruned weights; means count them as 0.
+    0 bits in the histogram are pruned weights, whose share is written on their bar; the other bars of a layer are
+    scaled to the tallest of them.  Means count pruned weights as 0 bits.
     """
     check_kinds(profiles)
     layers = list(dict.fromkeys(layer(p) for p in profiles))
@@ -90,55 +96,77 @@ def kernel_bits(profile: Profile) -> str:
     widths = widths.reshape(-1, widths.shape[-1])
     top = int(widths.max(initial=0))
     rows, columns = widths.shape
-    scale = min(7.2 / max(columns, 8), 4.6 / max(rows, 4), 0.3)
-    size = (max(columns * scale, 2.6) + 1.9, max(rows * scale, 0.9) + 1.1)
+    size = (4.9, float(np.clip(3.6 * rows / columns, 1.1, 3.6)) + 0.9)  # one width, so that kernels align on the page
 
     def draw(figure: Figure) -> None:
         from matplotlib.colors import BoundaryNorm
 
         axes = figure.subplots()
         image = axes.imshow(
-            widths, cmap=_with_pruned(top), norm=BoundaryNorm(np.arange(top + 2) - 0.5, top + 1), interpolation="none", aspect="auto"
+            widths,
+            cmap=_with_pruned(top),
+            norm=BoundaryNorm(np.arange(top + 2) - 0.5, top + 1),
+            interpolation="none",
+            aspect="auto",
         )
         style.bare(axes)
+        style.integer_axes(axes.xaxis, axes.yaxis)
         zeros = np.mean(widths == 0)
-        axes.set(xlabel="output", ylabel="input", title=f"{style.printable(profile.name, 30)}: {zeros:.0%} pruned")
+        axes.set(xlabel="output", ylabel="input", title=f"{style.short_name(profile.name)}\n{zeros:.0%} pruned")
         ticks = np.unique(np.linspace(0, top, min(top, 8) + 1).round().astype(int))
         bar = figure.colorbar(image, ax=axes, ticks=ticks)
-        bar.ax.set_yticklabels(["0 (pruned)" if t == 0 else str(t) for t in ticks])
-        bar.set_label("bits")
+        bar.minorticks_off()
+        bar.ax.set_yticklabels(["0, pruned" if t == 0 else str(t) for t in ticks])
+        bar.ax.set_title("bits", fontsize=9, fontweight="normal", color=style.MUTED)
         bar.ax.tick_params(length=0)
         bar.outline.set_visible(False)
 
     return style.render(draw, size, f"bits of each weight of {profile.name}")
 
 
-def _draw_ranges(axes: Axes, group: Sequence[Profile]) -> None:
-    spans = [_span(p) for p in group]
-    positive = [q for p in group for q in np.asarray(p.quantiles, np.float64) if q > 0]
-    exponents = [e for span in spans if span for e in span] + [float(np.log2(q)) for q in positive] or [0.0]
-    left, right = np.floor(min(exponents)) - 1, np.ceil(max(exponents)) + 1
-    for row, (profile, span) in enumerate(zip(group, spans, strict=True)):
+def _draw_ranges(axes: Axes, group: Sequence[Profile], rows: int) -> None:
+    spans, quantiles = [_span(p) for p in group], [_quantiles(p) for p in group]
+    left, right = _limits(spans, quantiles)
+    for row, (profile, span, points) in enumerate(zip(group, spans, quantiles, strict=True)):
         if span:
             axes.barh(row, span[1] - span[0], 0.74, left=span[0], color=style.RANGE, zorder=2)
         outside = out_of_range(profile)
         colour = style.VERMILION if outside else style.BLUE
-        with np.errstate(divide="ignore"):
-            low, q25, q50, q75, high = np.maximum(np.log2(np.asarray(profile.quantiles, np.float64)), left)
+        low, q25, q50, q75, high = np.maximum(points, left)
         axes.plot([low, high], [row, row], color=colour, linewidth=1.1, zorder=3, solid_capstyle="butt")
         axes.barh(row, q75 - q25, 0.4, left=q25, color=colour, zorder=4)
-        axes.plot([q50, q50], [row - 0.2, row + 0.2], color="white", linewidth=1.6, zorder=5, solid_capstyle="butt")
-        note = "0 bits" if span is None else f"{_percent(outside)} out of range" if outside else ""
-        axes.text(1.01, row, note, transform=axes.get_yaxis_transform(), va="center", fontsize=8, color=colour)
+        if q50 > left:
+            axes.plot([q50, q50], [row - 0.2, row + 0.2], color="white", linewidth=1.6, zorder=5, solid_capstyle="butt")
+        note = "0 bits" if span is None else f"{_percent(outside)} out" if outside else ""
+        axes.text(
+            1.01, row, note, transform=axes.get_yaxis_transform(), va="center", fontsize=8, color=colour if span else style.MUTED
+        )
     step = max(1, round((right - left) / 8))
     ticks = np.arange(np.ceil(left / step) * step, right + 1, step)
     axes.set_xticks(ticks, [style.power_of_two(t) for t in ticks])
-    axes.set_yticks(range(len(group)), [style.printable(p.name, LABEL) for p in group])
+    axes.set_yticks(range(len(group)), [style.short_name(p.name) for p in group])
     axes.set_xlim(left, right)
-    axes.set_ylim(len(group) - 0.4, -0.6)
+    axes.set_ylim(rows - 0.4, -0.6)  # equal in both panels, so that their bars are of one height
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("|value|")
+
+
+def _quantiles(profile: Profile) -> np.ndarray:
+    """log2 of the five points of |value|: of the non-zero weights where they are known, as zeros have no logarithm."""
+    points = np.asarray(profile.quantiles, np.float64)
+    if profile.values is not None and np.any(profile.values):
+        magnitudes = np.abs(np.asarray(profile.values, np.float64))
+        points = np.quantile(magnitudes[magnitudes > 0], [0, 0.25, 0.5, 0.75, 1])
+    with np.errstate(divide="ignore"):
+        return np.log2(points)
+
+
+def _limits(spans: Sequence[tuple[float, float] | None], quantiles: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Ends of the log2 axis: every box, and no more than a little below the finest step, where all rounds to 0."""
+    finite = [float(e) for points in quantiles for e in points if np.isfinite(e)] + [e for s in spans if s for e in s]
+    low = min((s[0] for s in spans if s), default=min(finite, default=0.0))
+    return np.floor(max(min(finite, default=0.0), low - 3)) - 1, np.ceil(max(finite, default=0.0)) + 1
 
 
 def _percent(fraction: float) -> str:
@@ -158,7 +186,7 @@ def _range_legend(figure: Figure) -> None:
     handles = [
         Patch(color=style.RANGE, label="representable: step to largest value"),
         Patch(color=style.BLUE, label="observed: quartiles, median, extremes"),
-        Patch(color=style.VERMILION, label="observed beyond the representable range"),
+        Patch(color=style.VERMILION, label="observed, some elements out of range"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8)
 
@@ -170,10 +198,11 @@ def _kernel_widths(profiles: Sequence[Profile], name: str) -> np.ndarray:
 
 def _draw_table(axes: Axes, table: np.ndarray, layers: Sequence[str], columns: Sequence[str]) -> None:
     top = max(float(np.nanmax(table)), 1.0)
-    axes.imshow(table, cmap=style.shades(256), vmin=0, vmax=top, interpolation="none", aspect="auto")
+    axes.imshow(table, cmap=style.shades(256, 0.06), vmin=0, vmax=top, interpolation="none", aspect="auto")
     style.bare(axes)
     axes.set_xticks(range(len(columns)), ["activation" if c == "input" else c for c in columns])
-    axes.set_yticks(range(len(layers)), [style.printable(name, LABEL) for name in layers])
+    axes.set_yticks(range(len(layers)), [style.short_name(name) for name in layers])
+    axes.tick_params(labeltop=len(layers) > 12)
     axes.set_title("Mean bits")
     for (row, column), value in np.ndenumerate(table):
         text = "–" if np.isnan(value) else f"{value:.1f}"
@@ -187,16 +216,17 @@ def _draw_histograms(axes: Axes, kernels: Sequence[np.ndarray]) -> None:
         if not widths.size:
             continue
         share = np.bincount(widths.astype(int), minlength=top + 1) / widths.size
+        height = np.minimum(share / max(share[1:].max(initial=0), 1e-9), 1)  # many pruned weights must not flatten the rest
         colours = [style.PRUNED] + [style.BLUE] * top
-        axes.bar(range(top + 1), -0.78 * share / share.max(), 0.82, bottom=row + 0.42, color=colours, zorder=2)
+        axes.bar(range(top + 1), -0.72 * height, 0.82, bottom=row + 0.42, color=colours, zorder=2)
         if share[0] > 0:
-            axes.text(0, row + 0.36, _percent(share[0]), ha="center", va="bottom", fontsize=7.5, color=style.INK, zorder=3)
+            axes.text(0, row + 0.36, _percent(share[0]), ha="center", va="bottom", fontsize=8, color=style.INK, zorder=3)
     axes.grid(False)
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0, labelleft=False)
     axes.set_xticks(range(0, top + 1, 1 if top < 17 else 2))
     axes.set_xlim(-0.7, top + 0.7)
-    axes.set(xlabel="bits of one weight (0 = pruned)", title="Kernel widths, share of the weights")
+    axes.set(xlabel="bits of a weight (0: pruned, with its share)", title="Kernel widths")
 
 
 def _with_pruned(top: int) -> Colormap:

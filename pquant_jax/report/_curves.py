@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STAGES: Final = {"pretrain": "#E4ECF5", "train": "#FBEBD0", "finetune": "#DCEFE6"}
+UNKNOWN: Final = "#EEEEEE"
 MAX_POINTS: Final = 400  # of one curve: more can't be seen, and the page grows
 
 
@@ -65,21 +66,21 @@ def confusion(matrix: np.ndarray, classes: Sequence[str]) -> str:
     share = 100 * matrix / np.where(total > 0, total, 1)
     names = [style.printable(c, 16) for c in classes]
     n = len(classes)
-    side = float(np.clip(0.62 * n + 1.4, 3.6, 7.5))
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        image = axes.imshow(share, cmap=style.shades(256), vmin=0, vmax=100, interpolation="none")
+        image = axes.imshow(share, cmap=style.shades(256, 0.03), vmin=0, vmax=100, interpolation="none")
         style.bare(axes)
         axes.set(xlabel="predicted", ylabel="true", title="Confusion, % of each true class")
-        axes.set_xticks(range(n), names, rotation=90 if n > 12 else 0)
+        axes.set_xticks(range(n), names, rotation=90 if max(map(len, names), default=0) * n > 40 else 0)
         axes.set_yticks(range(n), names)
-        figure.colorbar(image, ax=axes, shrink=0.8).outline.set_visible(False)
+        axes.tick_params(labelsize=9 if n <= 12 else 7)
+        figure.colorbar(image, ax=axes, shrink=0.8, ticks=range(0, 101, 25)).outline.set_visible(False)
         for (row, column), value in np.ndenumerate(share) if n <= 12 else ():
             colour = "white" if value > 55 else style.INK
             axes.text(column, row, f"{value:.1f}", ha="center", va="center", color=colour)
 
-    return style.render(draw, (side + 1.0, side), "confusion matrix")
+    return style.render(draw, style.PAIR, "confusion matrix")
 
 
 def roc_curve(score: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
@@ -125,7 +126,9 @@ def roc(scores: np.ndarray, labels: np.ndarray, classes: Sequence[str], *, log_x
             axes.plot(false[keep], true[keep], color=colour, linestyle=dash, label=text)
         chance = np.geomspace(smallest, 1, 100) if log_x else np.linspace(0, 1, 2)
         axes.plot(chance, chance, color=style.MUTED, linewidth=0.8, linestyle=":", label="chance")
-        axes.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC, one class versus the rest", ylim=(0, 1.02))
+        axes.set(
+            xlabel="false positive rate", ylabel="true positive rate", title="ROC, one class versus the rest", ylim=(0, 1.02)
+        )
         if log_x:
             axes.set_xscale("log")
             axes.set_xlim(max(smallest, 1e-5), 1)
@@ -134,7 +137,7 @@ def roc(scores: np.ndarray, labels: np.ndarray, classes: Sequence[str], *, log_x
             axes.set_xlim(-0.01, 1)
         axes.legend(loc="upper left" if log_x else "lower right")
 
-    return style.render(draw, (5.4, 4.5), "ROC curves")
+    return style.render(draw, style.PAIR, "ROC curves")
 
 
 def regression(predicted: np.ndarray, target: np.ndarray) -> str:
@@ -163,7 +166,7 @@ def regression(predicted: np.ndarray, target: np.ndarray) -> str:
         edge = max(float(np.quantile(np.abs(residual), 0.995)), 1e-12)
         right.hist(np.clip(residual, -edge, edge), bins=60, color=style.BLUE)
         right.axvline(0, color=style.INK, linewidth=0.8)
-        right.set(xlabel="predicted − target", ylabel="samples", title="Residuals")
+        right.set(xlabel="predicted − target (the outer bins hold the rest)", ylabel="samples", title="Residuals")
         text = f"mean {residual.mean():.4g}\nstd {residual.std():.4g}\n|r| median {np.median(np.abs(residual)):.4g}"
         right.text(0.98, 0.97, text, transform=right.transAxes, ha="right", va="top", color=style.MUTED)
 
@@ -179,10 +182,11 @@ def _finite(metrics: Sequence[Mapping[str, Any]], key: str, scale: str) -> tuple
 
 
 def _draw_panel(axes: Axes, metrics: Sequence[Mapping[str, Any]], panel: Panel) -> None:
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import PercentFormatter
 
-    for stage, first, last in _stages(metrics):
-        axes.axvspan(first - 0.5, last + 0.5, color=STAGES.get(stage, "#EEEEEE"), linewidth=0, zorder=0, gid=f"stage-{stage}")
+    for run, (stage, first, last) in enumerate(_stages(metrics)):
+        gid = f"stage-{stage if stage in STAGES else 'other'}-{panel.title.split()[0]}-{run}"
+        axes.axvspan(first - 0.5, last + 0.5, color=STAGES.get(stage, UNKNOWN), linewidth=0, zorder=0, gid=gid)
     for (label, key), colour in zip(panel.lines.items(), (style.BLUE, style.VERMILION), strict=False):
         epochs, values = _finite(metrics, key, panel.scale)
         marker = "o" if len(epochs) < 15 else None  # a lone point would be no line at all
@@ -192,12 +196,12 @@ def _draw_panel(axes: Axes, metrics: Sequence[Mapping[str, Any]], panel: Panel) 
             axes.set_ylim(values.min() / 1.15, values.max() * 1.15)
             style.log_axis(axes.yaxis, values.min(), values.max())
     if panel.scale == "percent":
-        axes.set_ylim(0, 1)
+        axes.set_ylim(-0.02, 1.02)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     if len(panel.lines) > 1:
         axes.legend(loc="upper right")
     axes.set_title(panel.title)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    style.integer_axes(axes.xaxis)
     axes.margins(x=0)
 
 
@@ -212,8 +216,8 @@ def _stage_legend(figure: Figure, metrics: Sequence[Mapping[str, Any]]) -> None:
     from matplotlib.patches import Patch
 
     seen = dict.fromkeys(stage for stage, _, _ in _stages(metrics))
-    patches = [Patch(color=STAGES.get(stage, "#EEEEEE"), label=style.printable(stage, 20)) for stage in seen]
-    figure.legend(handles=patches, loc="outside upper right", ncols=len(patches), title="stage", title_fontsize=9, alignment="left")
+    patches = [Patch(color=STAGES.get(stage, UNKNOWN), label=style.printable(stage, 20)) for stage in seen]
+    figure.legend(handles=patches, loc="outside upper left", ncols=len(patches), handlelength=1.6, borderaxespad=0)
 
 
 def _thinned(false: np.ndarray, true: np.ndarray, log_x: bool) -> np.ndarray:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, BLACK, YELLOW = "#CC79A7", "#56B4E9", "#222222", "#F0E442"
 CYCLE: Final = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK, YELLOW)
-INK, MUTED, GRID, RANGE, PRUNED = "#222B36", "#5B6673", "#E3E7EB", "#D5DBE1", "#F3D9C9"
+INK, MUTED, GRID, RANGE, PRUNED = "#222B36", "#5B6673", "#E3E7EB", "#D5DBE1", "#F6E0D0"
 
 STYLE: Final[dict[str, Any]] = {
     "font.family": "DejaVu Sans",
@@ -49,6 +49,7 @@ STYLE: Final[dict[str, Any]] = {
     "svg.fonttype": "none",  # text stays text: it can be searched and read aloud
     "svg.hashsalt": "pquant_jax",
 }
+PAIR: Final = (4.9, 4.3)  # inches of the pictures that stand side by side on the page
 SUPERSCRIPTS: Final = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -92,8 +93,30 @@ def printable(text: str, limit: int = 80) -> str:
     return text if len(text) <= limit else f"{text[:half]}…{text[-half:]}"
 
 
-def power_of_two(exponent: float) -> str:
+def short_name(name: str, limit: int = 38) -> str:
+    """`name` with its longest path components abbreviated until it has `limit` characters: what differs stays.
+
+    >>> short_name("TransformerEncoder_0/Block_3/MultiHeadDotProductAttention_0/query")
+    'Tran…_0/Block_3/Mult…_0/query'
     """
+    parts = printable(name, 10_000).split("/")
+    while sum(map(len, parts)) + len(parts) - 1 > limit and max(map(len, parts)) > 9:
+        longest = max(range(len(parts)), key=lambda index: len(parts[index]))
+        parts[longest] = f"{parts[longest][:4]}…{parts[longest][-2:]}"
+    return printable("/".join(parts), limit)
+
+
+def integer_axes(*axes: Any) -> None:
+    """Ticks at whole numbers only, however short an axis is."""
+    from matplotlib.ticker import MaxNLocator
+
+    for axis in axes:
+        axis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
+
+
+def power_of_two(exponent: float) -> str:
+    """2 to a whole exponent, with a superscript instead of mathtext.
+
     >>> power_of_two(-12)
     '2⁻¹²'
     """
@@ -101,7 +124,8 @@ def power_of_two(exponent: float) -> str:
 
 
 def short_number(value: float) -> str:
-    """
+    """A tick label: k, M and G for thousands, millions and billions.
+
     >>> [short_number(v) for v in (0.05, 20, 2500, 3e6)]
     ['0.05', '20', '2.5k', '3M']
     """
@@ -120,13 +144,13 @@ def log_axis(axis: Any, low: float, high: float) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def shades(n: int) -> Colormap:
-    """`n` blues from light to dark, the lightest still different from white; readable in print and by everyone."""
+def shades(n: int, lightest: float = 0.18) -> Colormap:
+    """`n` blues from light to dark; lightest = 0 starts at white.  Readable in print and with any colour vision."""
     import matplotlib
     from matplotlib.colors import ListedColormap
 
     blues = matplotlib.colormaps["Blues"]
-    return ListedColormap([blues(0.18 + 0.82 * j / max(n - 1, 1)) for j in range(max(n, 1))])
+    return ListedColormap([blues(lightest + (1 - lightest) * j / max(n - 1, 1)) for j in range(max(n, 1))])
 
 
 def bare(axes: Axes) -> None:

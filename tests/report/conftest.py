@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ SIZES = (16, 64, 32, 32, 5)
 CLASSES = ("g", "q", "t", "w", "z")
 
 
-def make_metrics(plan=(("pretrain", 20), ("train", 60), ("finetune", 20)), ebops=True) -> list[dict]:
+def simulate(plan=(("pretrain", 20), ("train", 60), ("finetune", 20)), ebops=True) -> list[dict]:
     rng = np.random.default_rng(0)
     stages = [stage for stage, epochs in plan for _ in range(epochs)]
     n = max(len(stages), 1)
@@ -49,7 +51,11 @@ def make_profiles() -> list[Profile]:
         x = rng.normal(size=(500, a)) * (1 + index)
         x = x if index == 0 else np.maximum(x, 0)
         i = 5 if index == 0 else np.full(a, 2 if index == 2 else 4)
-        profiles.append(make_profile(f"{name}/input", "input", x, 1 if index == 0 else 0, i, 10 if index == 0 else rng.integers(1, 5, a), False))
+        profiles.append(
+            make_profile(
+                f"{name}/input", "input", x, 1 if index == 0 else 0, i, 10 if index == 0 else rng.integers(1, 5, a), False
+            )
+        )
         f = rng.integers(2, 7, (a, b))
         kernel = np.round(rng.normal(size=(a, b)) / np.sqrt(a) * 2.0**f) / 2.0**f
         kernel[rng.random((a, b)) < 0.2 + 0.2 * index] = 0.0
@@ -61,7 +67,12 @@ def make_profiles() -> list[Profile]:
 
 @pytest.fixture(scope="session")
 def metrics() -> list[dict]:
-    return make_metrics()
+    return simulate()
+
+
+@pytest.fixture(scope="session")
+def make_metrics() -> Callable[..., list[dict]]:
+    return simulate
 
 
 @pytest.fixture(scope="session")
