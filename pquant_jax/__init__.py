@@ -1,0 +1,106 @@
+"""pquant_jax: compress any JAX model to a hardware budget, as RTL proved bit-identical to what was trained.
+
+>>> import jax.numpy as jnp, pquant_jax as pq
+>>> model = pq.from_function(lambda p, x: x @ p["w"], {"w": jnp.ones((4, 2), jnp.float32)})
+>>> inst = pq.instrument(model, jnp.ones((1, 4)))
+>>> compression = pq.chain(pq.prune.dst(alpha=5e-6), pq.quantize.hgq(inst.sites, beta=1e-5, cost=inst.ebops))
+>>> compression.name
+'chain(dst, hgq)'
+"""
+
+from pquant_jax import data, graph, numerics, prune, quantize, train, transforms
+from pquant_jax._base import KIF, AxisRole, Event, InputSpec, Params, SiteSpec, Stage, Transform, View
+from pquant_jax._errors import (
+    ConfigError,
+    DataError,
+    LoweringError,
+    PQuantError,
+    ToolError,
+    TraceError,
+    TrainingError,
+    TransformError,
+    VerifyError,
+)
+from pquant_jax.graph import (
+    Instrumented,
+    Model,
+    ebops,
+    from_equinox,
+    from_function,
+    from_linen,
+    from_nnx,
+    instrument,
+)
+from pquant_jax.numerics import kif, mask, site
+from pquant_jax.train import Metric, Plan, Result, calibrate, finalize, fit, load_final, save_final
+from pquant_jax.transforms import (
+    as_optax,
+    boundary,
+    chain,
+    identity,
+    masked,
+    named,
+    optimizer,
+    state_of,
+    update_state,
+    with_hyper,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "KIF",
+    "AxisRole",
+    "ConfigError",
+    "DataError",
+    "Event",
+    "InputSpec",
+    "Instrumented",
+    "LoweringError",
+    "Metric",
+    "Model",
+    "PQuantError",
+    "Params",
+    "Plan",
+    "Result",
+    "SiteSpec",
+    "Stage",
+    "ToolError",
+    "TraceError",
+    "TrainingError",
+    "Transform",
+    "TransformError",
+    "VerifyError",
+    "View",
+    "as_optax",
+    "boundary",
+    "calibrate",
+    "chain",
+    "data",
+    "ebops",
+    "finalize",
+    "fit",
+    "from_equinox",
+    "from_function",
+    "from_linen",
+    "from_nnx",
+    "graph",
+    "identity",
+    "instrument",
+    "kif",
+    "load_final",
+    "mask",
+    "masked",
+    "named",
+    "numerics",
+    "optimizer",
+    "prune",
+    "quantize",
+    "save_final",
+    "site",
+    "state_of",
+    "train",
+    "transforms",
+    "update_state",
+    "with_hyper",
+]

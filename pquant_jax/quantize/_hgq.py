@@ -41,7 +41,7 @@ def hgq(
     beta: float = 1e-5,
     beta_end: float | None = None,
     cost: Callable[[View], jax.Array] | None = None,
-    gamma: float = 0.0,
+    gamma: float | None = None,
     decay: float = 0.01,
     freeze: bool = True,
     weights: Format = Format(i=2, f=6, k=1, overflow="SAT_SYM"),
@@ -58,7 +58,7 @@ def hgq(
       sites: `inst.sites`.
       beta: penalty per EBOP; moves geometrically to `beta_end` over the epochs of the training stage.
       cost: `inst.ebops`; None trains bits by accuracy (and gamma) alone.
-      gamma: penalty per raw bit (HGQ's MonoL1, signed).
+      gamma: penalty per raw bit (HGQ's MonoL1, signed); None leaves the sum out of the step.
       decay: bits per step that a tracked i may sink.
       freeze: keep the bits still in fine-tuning.
       weights, activations, rules: as in `fixed`; WRAP_SM can't be trained.
@@ -87,7 +87,7 @@ def hgq(
         del params
         end = beta if beta_end is None else beta_end
         return HGQState(
-            hyper(beta=beta, beta_end=end, gamma=gamma, decay=decay, freeze=freeze),
+            hyper(beta=beta, beta_end=end, gamma=gamma or 0.0, decay=decay, freeze=freeze),
             jnp.asarray(Stage.PRETRAIN, jnp.int32),
             jnp.asarray(beta, jnp.float32),
             {name: sign_bits(sites[name], fmt) for name, fmt in formats.items()},
@@ -143,9 +143,11 @@ def hgq(
         return params, state._replace(beta=now)
 
     def penalty(params: Params, state: HGQState, view: View) -> jax.Array:
-        bits = sum((jnp.sum(v) for v in jax.tree.leaves(params.extra["hgq"])), jnp.zeros((), jnp.float32))
-        price = state.beta * cost(view) if cost is not None else jnp.zeros((), jnp.float32)
-        return jnp.where(state.stage == Stage.PRETRAIN, jnp.zeros((), jnp.float32), price + state.hyper["gamma"] * bits)
+        zero = jnp.zeros((), jnp.float32)
+        price = state.beta * cost(view) if cost is not None else zero
+        if gamma is not None:
+            price += state.hyper["gamma"] * sum((jnp.sum(v) for v in jax.tree.leaves(params.extra["hgq"])), zero)
+        return jnp.where(state.stage == Stage.PRETRAIN, zero, price)
 
     needs = frozenset({"range"}) if tracked else frozenset()
     return Transform("hgq", attach, init, apply, step, boundary, penalty, labelled("hgq", "bits"), needs)

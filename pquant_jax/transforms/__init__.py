@@ -1,6 +1,6 @@
 """Level 2: combinators on `Transform`, and the bridge to optax."""
 
-from pquant_jax.transforms._chain import chain, named
+from pquant_jax.transforms._chain import chain, identity, named
 from pquant_jax.transforms._optax import CompressionState, as_optax, boundary, optimizer, state_of, strong, update_state
 from pquant_jax.transforms._order import kth_largest
 from pquant_jax.transforms._parts import entering, hyper, keep_params, labelled, masked, no_penalty, with_hyper
@@ -12,6 +12,7 @@ __all__ = [
     "chain",
     "entering",
     "hyper",
+    "identity",
     "keep_params",
     "kth_largest",
     "labelled",

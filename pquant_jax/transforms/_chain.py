@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pquant_jax._base import Params, State, Transform, Tree, View
 from pquant_jax._errors import TransformError
-from pquant_jax.transforms._parts import entering
+from pquant_jax.transforms._parts import Hyper, entering, keep_params, labelled, no_penalty
+
+
+class NoState(NamedTuple):
+    """hyper: none."""
+
+    hyper: Hyper
 
 
 def chain(*transforms: Transform) -> Transform:
@@ -110,3 +116,19 @@ def named(transform: Transform, name: str) -> Transform:
         penalty=lambda params, state, view: transform.penalty(inward(params), state, view),
         labels=lambda params: outward(transform.labels(inward(params))),
     )
+
+
+def identity() -> Transform:
+    """The transform that changes nothing: the float model, trained by the same code."""
+
+    def attach(model: Tree) -> Params:
+        return Params(model, {})
+
+    def init(params: Params) -> NoState:
+        del params
+        return NoState({})
+
+    def apply(params: Params, state: State) -> tuple[View, State]:
+        return View(params.model, {}, {}), state
+
+    return Transform("identity", attach, init, apply, keep_params, keep_params, no_penalty, labelled("identity", "weights"))
