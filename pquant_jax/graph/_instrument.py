@@ -236,7 +236,8 @@ def _product(run: _Run, eqn: Any, ins: list[Value], batch: int) -> list[Value]:
     else:
         for n in data:
             ins[n] = _operand(run, ins[n], "product")
-    return outputs(eqn, ins, bind(eqn, [v.val for v in ins]), batch)
+    with jax.named_scope(next((v.leaf[0] for v in ins if v.leaf is not None), eqn.primitive.name)):
+        return outputs(eqn, ins, bind(eqn, [v.val for v in ins]), batch)
 
 
 def _role(eqn: Any, side: int, axes: tuple[int | None, ...], input_site: str) -> AxisRole:
@@ -349,7 +350,8 @@ def _at_site(run: _Run, v: Value, name: str, kind: str, *, shared: bool = False)
     fmt = run.view.sites.get(name)
     if fmt is not None:
         fmt = KIF(*(expand(part, axis) for part in (fmt.k, fmt.i, fmt.f)), fmt.rounding, fmt.overflow)
-        x = quantize(x, fmt, wrap=run.wrap or kind != "input")
+        with jax.named_scope(name):
+            x = quantize(x, fmt, wrap=run.wrap or kind != "input")
     made = Value(x, v.batch, v.signed, None, frozenset({name}) if kind == "input" else v.paths)
     v.on_grid = made
     return made

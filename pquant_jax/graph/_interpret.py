@@ -40,11 +40,15 @@ class Const(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One equation of the flat program; operands are slots (int) or `Const`s, results are slots."""
+    """One equation of the flat program; operands are slots (int) or `Const`s, results are slots.
+
+    scope: the innermost `jax.named_scope` it was traced under, e.g. the site's name.
+    """
 
     eqn: Any
     ins: tuple[int | Const, ...]
     outs: tuple[int, ...]
+    scope: str = ""
 
 
 class Program(NamedTuple):
@@ -74,7 +78,7 @@ def flatten(closed: ClosedJaxpr, opaque: Callable[[Any], bool] = lambda eqn: Fal
         count += 1
         return count - 1
 
-    def walk(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[int | Const]) -> list[int | Const]:
+    def walk(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[int | Const], outer: str) -> list[int | Const]:
         env: dict[Any, int | Const] = dict(zip(jaxpr.constvars, map(Const, consts), strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
 
@@ -83,18 +87,18 @@ def flatten(closed: ClosedJaxpr, opaque: Callable[[Any], bool] = lambda eqn: Fal
 
         for eqn in jaxpr.eqns:
             ins = tuple(read(v) for v in eqn.invars)
-            call = inner(eqn)
+            call, scope = inner(eqn), str(eqn.source_info.name_stack) or outer
             if call is not None and not opaque(eqn):
-                outs: Sequence[int | Const] = walk(call[0], call[1], ins)
+                outs: Sequence[int | Const] = walk(call[0], call[1], ins, scope)
             else:
                 slots = tuple(fresh() for _ in eqn.outvars)
-                steps.append(Step(eqn, ins, slots))
+                steps.append(Step(eqn, ins, slots, scope))
                 outs = slots
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(v) for v in jaxpr.outvars]
 
     inputs = tuple(fresh() for _ in closed.jaxpr.invars)
-    outputs = walk(closed.jaxpr, closed.consts, inputs)
+    outputs = walk(closed.jaxpr, closed.consts, inputs, "")
     return Program(tuple(steps), inputs, tuple(outputs))
 
 

@@ -1,0 +1,138 @@
+"""Bit-exactness: every implementation of a graph against the numpy emulator, integer by integer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pquant_jax._base import Tree, View
+from pquant_jax._errors import VerifyError
+from pquant_jax.graph import Instrumented
+from pquant_jax.lower.emulate import emulate, flatten_batch, port_grid, to_codes, trace_values
+from pquant_jax.lower.ir import Graph, label
+from pquant_jax.lower.ranges import check_exact, check_float32, intervals
+
+_CHUNK = 4096
+
+
+def vectors_of(graph: Graph, inst: Instrumented, x_test: Any, vectors: int, seed: int) -> list[np.ndarray]:
+    """Inputs to verify on: the test set on its ports, then random codes of the whole port up to `vectors` or at least half.
+
+    The random ones overflow every range that the data stay within.
+    """
+    test = [np.asarray(v, np.float64) for v in jax.tree.leaves(inst.encode(x_test))]
+    random = port_grid(graph, max(vectors - len(test[0]), vectors // 2), np.random.default_rng(seed))
+    return [np.concatenate([a, b.reshape(len(b), *a.shape[1:])]) for a, b in zip(test, random, strict=True)]
+
+
+def verify(
+    graph: Graph,
+    inst: Instrumented,
+    view: View,
+    model_state: Tree,
+    *,
+    x_test: Any,
+    vectors: int = 10_000,
+    seed: int = 0,
+    comb: Any = None,
+    rtls: Mapping[str, Any] | None = None,
+    work: Any = None,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Compare the jitted JAX forward, da4ml's netlist and the simulated RTL with the emulator on the same vectors.
+
+    Args:
+      x_test: data of the test set; random vectors over the whole input port are added up to `vectors` in all.
+      comb: da4ml's netlist, or None.  rtls: {"rtl_comb": RTLInfo, "rtl_pipelined": RTLInfo} to simulate.
+      work: folder for the simulations' builds.  progress: is told the name of each step.
+    Returns: {"mismatches": {"emulator", "da4ml", "rtl_comb", "rtl_pipelined"}, "vectors", "outputs"}; None where not run.
+      "emulator" counts the JAX forward against it.
+    Raises: VerifyError at the first implementation that differs, with node, element and both integers; LoweringError
+      if an accumulator exceeds what float32 (24 bits) or float64 holds exactly.
+    """
+    say = progress or (lambda name: None)
+    check_exact(graph)
+    check_float32(graph)
+    inputs = vectors_of(graph, inst, x_test, vectors, seed)
+    say("emulator")
+    expected = flatten_batch(emulate(graph, inputs))
+    f = _output_f(graph)
+    codes = to_codes(expected, f)
+    counts: dict[str, int | None] = dict.fromkeys(("emulator", "da4ml", "rtl_comb", "rtl_pipelined"))
+    say("JAX forward")
+    counts["emulator"] = _compare("the JAX forward", forward_outputs(inst, view, model_state, inputs), codes, f, graph, inputs, None)
+    flat = flatten_batch(inputs)
+    if comb is not None:
+        from pquant_jax.lower.backends import da4ml
+
+        say("da4ml")
+        counts["da4ml"] = _compare("da4ml", da4ml.predict(comb, flat), codes, f, graph, inputs, _da4ml_nodes)
+    for name, rtl in (rtls or {}).items():
+        from pquant_jax.lower import sim
+
+        say(name)
+        counts[name] = _compare(name, sim.simulate(rtl, flat, work=work), codes, f, graph, inputs, None)
+    return {"mismatches": counts, "vectors": len(flat), "outputs": codes.shape[1]}
+
+
+def forward_outputs(inst: Instrumented, view: View, model_state: Tree, inputs: Sequence[np.ndarray]) -> np.ndarray:
+    """Outputs of the jitted JAX forward, float64 (N, outputs), in the order of the graph's."""
+
+    @jax.jit
+    def forward(x: Any) -> Any:
+        return inst.forward(view, model_state, x, train=False)[0]
+
+    structure, parts = jax.tree.structure(inst.sample), []
+    for start in range(0, len(inputs[0]), _CHUNK):
+        x = jax.tree.unflatten(structure, [jnp.asarray(v[start : start + _CHUNK], jnp.float32) for v in inputs])
+        parts.append(flatten_batch([np.asarray(y, np.float64) for y in jax.tree.leaves(forward(x))]))
+    return np.concatenate(parts)
+
+
+def _output_f(graph: Graph) -> np.ndarray:
+    known = intervals(graph)
+    return np.concatenate([np.ravel(known[j].f) for j in graph.outputs]).astype(np.int64)
+
+
+def _compare(
+    name: str, values: np.ndarray, codes: np.ndarray, f: np.ndarray, graph: Graph, inputs: Sequence[np.ndarray], nodes: Callable | None
+) -> int:
+    """0 if every integer is equal; else VerifyError with the first difference."""
+    scaled = np.ldexp(values, f)
+    wrong = scaled != codes
+    count = int(wrong.sum())
+    if count:
+        n, element = (int(v) for v in np.argwhere(wrong)[0])
+        place = _first_node(graph, inputs, n, nodes) or f"output element {element}"
+        raise VerifyError(
+            f"{name} differs from the emulator in {count} of {codes.size} integers; first at vector {n}, {place}: "
+            f"output {element} is {scaled[n, element]:g} * 2^{-f[element]}, the emulator has {codes[n, element]}"
+        )
+    return 0
+
+
+def _first_node(graph: Graph, inputs: Sequence[np.ndarray], n: int, nodes: Callable | None) -> str | None:
+    """The first quantizer whose value differs on vector `n`, for an implementation that can be lowered node by node."""
+    if nodes is None:
+        return None
+    one = [v[n : n + 1] for v in inputs]
+    for index, theirs, ours in nodes(graph, one, trace_values(graph, one)):
+        wrong = np.argwhere(np.ravel(theirs) != np.ravel(ours))
+        if len(wrong):
+            at = int(wrong[0][0])
+            return f"node {label(graph, index)}, element {at} ({np.ravel(theirs)[at]:g}, emulator {np.ravel(ours)[at]:g})"
+    return None
+
+
+def _da4ml_nodes(graph: Graph, one: Sequence[np.ndarray], ours: Sequence[np.ndarray]) -> Any:
+    """(node, da4ml's value, the emulator's) of every quantizer, from netlists that end there."""
+    from pquant_jax.lower.backends import da4ml
+
+    for index, node in enumerate(graph.nodes):
+        if node.op == "quantize":
+            comb = da4ml.to_comb(graph._replace(outputs=(index,)))
+            yield index, da4ml.predict(comb, flatten_batch(one))[0], ours[index][0]
