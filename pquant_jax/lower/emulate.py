@@ -47,7 +47,9 @@ def apply_op(node: Node, values: Sequence[np.ndarray]) -> np.ndarray:
         n = max(len(v) for v in values)
         return np.concatenate([np.broadcast_to(v.reshape(len(v), -1), (n, v[0].size)) for v in values], axis=1)
     if node.op not in _ELEMENTWISE:
-        raise LoweringError(f"op {node.op!r} has no emulation; known: input, const, quantize, take, concat, {sorted(_ELEMENTWISE)}")
+        raise LoweringError(
+            f"op {node.op!r} has no emulation; known: input, const, quantize, take, concat, {sorted(_ELEMENTWISE)}"
+        )
     return np.asarray(_ELEMENTWISE[node.op](*values), np.float64) + 0.0  # + 0.0 turns -0.0 into 0.0
 
 
@@ -98,7 +100,9 @@ def _evaluate(graph: Graph, inputs: Sequence[np.ndarray], last: Sequence[int]) -
 
 def _check_inputs(graph: Graph, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
     if len(inputs) != len(graph.inputs):
-        raise DataError(f"the graph has {len(graph.inputs)} inputs, got {len(inputs)} arrays; pass one (N, *shape) array per input")
+        raise DataError(
+            f"the graph has {len(graph.inputs)} inputs, got {len(inputs)} arrays; pass one (N, *shape) array per input"
+        )
     arrays = [np.asarray(x, np.float64) for x in inputs]
     for index, x in zip(graph.inputs, arrays, strict=True):
         shape = graph.nodes[index].shape

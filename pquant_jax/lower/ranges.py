@@ -29,10 +29,15 @@ class Interval(NamedTuple):
 def intervals(graph: Graph) -> list[Interval]:
     """The `Interval` of every node, arrays of the node's shape; ports may hold any of their codes.
 
-    A `quantize` that can overflow is clipped (SAT, SAT_SYM) or has its whole range (WRAP, WRAP_SM).
+    A `quantize` that can overflow is clipped (SAT, SAT_SYM) or has its whole range (WRAP, WRAP_SM).  Raises
+    `LoweringError` for a constant that isn't finite.
     """
     known: list[Interval] = []
-    for node in graph.nodes:
+    for index, node in enumerate(graph.nodes):
+        if node.op == "const" and not np.isfinite(node.attrs["value"]).all():
+            raise LoweringError(
+                f"{label(graph, index)}: holds NaN or infinity, which is on no fixed-point grid; check the parameters"
+            )
         known.append(_interval(node, [known[j] for j in node.inputs]))
     return known
 
@@ -277,7 +282,9 @@ def _advice(node: Node, excess: int) -> str:
         return f"Give this {'port' if node.op == 'input' else 'quantizer'} {excess} fewer bits (i + f)"
     if node.op == "const":
         return f"Quantize this parameter with {excess} fewer fractional bits"
-    return f"Use {excess} fewer fractional bits at the activation site that feeds it or in its kernel, or prune more of the kernel"
+    return (
+        f"Use {excess} fewer fractional bits at the activation site that feeds it or in its kernel, or prune more of the kernel"
+    )
 
 
 def layer_name(graph: Graph, index: int) -> str:

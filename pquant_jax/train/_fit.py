@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -99,7 +100,7 @@ def fit(
     if samples < batch_size:
         raise DataError(f"batch_size is {batch_size}, the training set has {samples} samples; choose a smaller batch")
     state = init_state(inst, compression, tx, seed=seed, params=params)
-    view = compression.apply(state.params, state_of(state.opt_state))[0]
+    view = jax.eval_shape(lambda s: view_of(compression, s), state)
     run = _compile(inst, compression, tx, loss, metric, quantized=set(inst.sites) <= set(view.sites))
     slots, history, saved, best = schedule(plan), [], _kernels(state), None
     first = 0
@@ -140,7 +141,7 @@ def fit(
         raise
     record, chosen = best if best is not None else (history[-1], state)
     chosen = calibrate(inst, compression, chosen, [train.x, val.x])
-    view = compression.apply(chosen.params, state_of(chosen.opt_state))[0]
+    view = jax.jit(lambda s: view_of(compression, s))(chosen)
     return Result(chosen, view, history, record, run.traces[0], sum(r["seconds"] for r in history))
 
 
@@ -229,19 +230,22 @@ def calibrate(inst: Instrumented, compression: Transform, state: TrainState, inp
 
     @jax.jit
     def ranges(state: TrainState, x: Any) -> Any:
-        view, _ = compression.apply(state.params, state_of(state.opt_state))
-        return inst.capture(view, state.model_state, x, train=False, wrap=False)[2]["range"]
+        return inst.capture(view_of(compression, state), state.model_state, x, train=False, wrap=False)[2]["range"]
 
-    found = [ranges(state, x) for x in inputs]
-    merged = {name: (_fold(jnp.minimum, found, name, 0), _fold(jnp.maximum, found, name, 1)) for name in found[0]}
-    params, opt_state = boundary(
-        compression, state.params, state.opt_state, event=Event.CALIBRATE, stage=Stage.FINETUNE, stats={"range": merged}
-    )
-    return state._replace(params=params, opt_state=opt_state)
+    @jax.jit
+    def told(state: TrainState, found: Any) -> TrainState:
+        merged = {}
+        for name in found[0]:
+            lows, highs = zip(*(r[name] for r in found), strict=True)
+            merged[name] = (functools.reduce(jnp.minimum, lows), functools.reduce(jnp.maximum, highs))
+        params, opt_state = boundary(
+            compression, state.params, state.opt_state, event=Event.CALIBRATE, stage=Stage.FINETUNE, stats={"range": merged}
+        )
+        return state._replace(params=params, opt_state=opt_state)
+
+    return told(state, [ranges(state, x) for x in inputs])
 
 
-def _fold(function: Callable, ranges: Sequence[Any], name: str, side: int) -> jax.Array:
-    out = ranges[0][name][side]
-    for other in ranges[1:]:
-        out = function(out, other[name][side])
-    return out
+def view_of(compression: Transform, state: TrainState) -> View:
+    """What the forward of a training state sees."""
+    return compression.apply(state.params, state_of(state.opt_state))[0]

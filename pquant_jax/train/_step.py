@@ -40,9 +40,14 @@ class Batch(NamedTuple):
 
 def init_state(inst: Instrumented, compression: Transform, tx: Any, *, seed: int, params: Tree | None = None) -> TrainState:
     """The state before the first step.  params: the model's parameters to start from, default the instrumented model's."""
-    attached = strong(compression.attach(inst.model.params if params is None else params))
+
+    @jax.jit  # one compilation instead of one per leaf
+    def start(params: Tree, model_state: Tree, key: jax.Array) -> TrainState:
+        attached = strong(compression.attach(params))
+        return TrainState(attached, strong(tx.init(attached)), strong(model_state), key, jnp.zeros((), jnp.int32))
+
     key = jax.random.key_data(jax.random.key(seed))
-    return TrainState(attached, strong(tx.init(attached)), strong(inst.model.state), key, jnp.zeros((), jnp.int32))
+    return start(inst.model.params if params is None else params, inst.model.state, key)
 
 
 def make_step(inst: Instrumented, compression: Transform, tx: Any, loss: Callable) -> Callable:

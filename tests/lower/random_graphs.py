@@ -25,19 +25,19 @@ def const(nodes: list[Node], value) -> int:
     return node(nodes, "const", (), value.shape, value=value)
 
 
-def random_format(rng: np.random.Generator, shape: Sequence[int], bits: int = 6) -> dict[str, np.ndarray]:
-    """k, i, f per element: widths 0 to `bits`, a tenth without any bit, i and f of either sign."""
-    k = rng.integers(0, 2, shape)
-    width = rng.integers(1, bits + 1, shape)
-    f = rng.integers(-2, bits, shape)
-    i = width - k - f
-    i = np.where(rng.random(shape) < 0.1, -k - f - rng.integers(0, 2, shape), i)
+def random_format(rng: np.random.Generator, shape: Sequence[int]) -> dict[str, np.ndarray]:
+    """k, i, f per element: most keep something of values around 1 to 16, a tenth have odd places or no bits at all."""
+    k, i, f = rng.integers(0, 2, shape), rng.integers(1, 6, shape), rng.integers(-1, 5, shape)
+    odd = rng.random(shape)
+    i = np.where(odd < 0.1, rng.integers(-4, 6, shape), i)
+    f = np.where(odd < 0.1, rng.integers(-4, 6, shape), f)
+    i = np.where(odd < 0.03, -k - f - rng.integers(0, 2, shape), i)
     return {"k": k.astype(np.int64), "i": i.astype(np.int64), "f": f.astype(np.int64)}
 
 
-def quantized(nodes: list[Node], x: int, rng: np.random.Generator, modes: tuple[str, str], bits: int = 6, name: str = "") -> int:
+def quantized(nodes: list[Node], x: int, rng: np.random.Generator, modes: tuple[str, str], name: str = "") -> int:
     """Append a quantizer of a random format per element; `modes` = (rounding, overflow)."""
-    form = random_format(rng, nodes[x].shape, bits)
+    form = random_format(rng, nodes[x].shape)
     return node(nodes, "quantize", (x,), name=name, rounding=modes[0], overflow=modes[1], **form)
 
 
@@ -49,7 +49,7 @@ def kernel(rng: np.random.Generator, shape: Sequence[int], bits: int = 4, densit
 
 def port(nodes: list[Node], shape: Sequence[int], rng: np.random.Generator) -> int:
     """An input port of a random uniform format."""
-    k, i, f = int(rng.integers(0, 2)), int(rng.integers(-1, 4)), int(rng.integers(1, 5))
+    k, i, f = int(rng.random() < 0.7), int(rng.integers(1, 5)), int(rng.integers(0, 6))
     return node(nodes, "input", (), shape, k=k, i=i, f=f, name="x")
 
 
@@ -107,10 +107,12 @@ OPS = {
 }
 
 
-def random_graph(rng: np.random.Generator, kind: str, modes: tuple[str, str] = ("RND", "SAT"), n: int = 5, steps: int = 6) -> Graph:
-    """A random graph of a kind in `KINDS` with `n`-vectors; its outputs are quantized, but for one unquantized constant.
+def random_graph(
+    rng: np.random.Generator, kind: str, modes: tuple[str, str] = ("RND", "SAT"), n: int = 5, steps: int = 6
+) -> Graph:
+    """A random graph of a kind in `KINDS` on `n`-vectors, all of which are outputs, and a constant one.
 
-    Values stay below 40 bits: every product is quantized, and additions double at most `steps` times.
+    Values stay below 32 bits: every product is quantized, and additions double at most `steps` times.
     """
     nodes: list[Node] = []
     inputs = [port(nodes, (n,), rng) for _ in range(1 + (kind != "dense"))]
@@ -125,6 +127,6 @@ def random_graph(rng: np.random.Generator, kind: str, modes: tuple[str, str] = (
         ops = OPS[kind] if kind in OPS else sorted({op for group in OPS.values() for op in group})
         for _ in range(steps):
             pool.append(step(nodes, pool, rng, modes, ops))
-    last = quantized(nodes, pool[-1], rng, modes, bits=8, name="y/output")
+    last = quantized(nodes, pool[-1], rng, modes, name="y/output")
     constant = node(nodes, "neg", (const(nodes, [0.75, 0.0]),))
-    return validate(Graph(tuple(nodes), tuple(inputs), (last, pool[-1], constant)))
+    return validate(Graph(tuple(nodes), tuple(inputs), (last, *pool, constant)))

@@ -1,25 +1,16 @@
 """`Graph` -> da4ml netlist -> Verilog or VHDL.  The only module that imports da4ml (inside functions: it is optional).
 
-Every scalar of the graph is a da4ml variable or, where `ranges.intervals` proves it constant, a Python float.  da4ml
-offers TRN and RND with WRAP, SAT and SAT_SYM; the other modes are written with its adders and multiplexers, exactly:
-
-=========== ============================================================ (h = 2^(-f-1), e = 2^-fx, fx: grid of x)
-RND_MIN_INF TRN(x + h - e)
-RND_CONV    TRN(x + h - e + e * b), b: the bit of x of weight 2^-f
-TRN_ZERO    TRN(x + (x < 0 ? 2h - e : 0))
-RND_ZERO    TRN(x + h - (x < 0 ? 0 : e))
-RND_INF     TRN(x + h - (x < 0 ? e : 0))
-WRAP_SM     m < P ? low + m : low + 2P - 2h - m, m = (x - low) mod 2P, P: the length of the range
-=========== ============================================================
+Every scalar of the graph becomes a da4ml variable or, where `ranges.intervals` proves it constant, a Python float; the
+operators on them are in `_scalars`.  All rounding and overflow modes are exact: da4ml offers TRN and RND with WRAP, SAT
+and SAT_SYM, the others are written with its adders and multiplexers.
 """
 
 from __future__ import annotations
 
 import decimal
-import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -27,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 
 from pquant_jax._errors import LoweringError, did_you_mean
+from pquant_jax.lower.backends import _scalars as ops
 from pquant_jax.lower.ir import Graph, Node, label
 from pquant_jax.lower.ranges import Interval, check_exact, intervals, least_f, quantize_acts
 from pquant_jax.numerics.oracle import OVERFLOWS, ROUNDINGS, quantize
@@ -36,7 +28,11 @@ if TYPE_CHECKING:
 
 MAX_FRACTION: Final = 31  # da4ml looks for the grid of a constant no further than 2^-32, and RND adds half a step
 MAX_CONSTANT_BITS: Final = 24  # its matrix solver casts kernels to float32
+INTERPRETER_BITS: Final = 31
+_NARROW_OPCODES: Final = (2, 3, 6)  # relu, wrap, multiplexer: computed in 32 bits, like the ports (-1)
 FLAVORS: Final = ("verilog", "vhdl")
+# the modules that da4ml writes beside the top one
+RESERVED: Final = frozenset({"binop", "lookup_table", "multiplier", "mux", "negative", "shift_adder"})
 EXACT_DIGITS: Final = 400  # da4ml computes ranges in Decimal, whose default of 28 digits rounds wide formats
 
 
@@ -67,34 +63,45 @@ class RTLInfo(NamedTuple):
 class _Circuit(NamedTuple):
     """What the scalar helpers need to build da4ml variables."""
 
-    hwconf: tuple[float, float, float]
-    solver_options: Mapping[str, Any] | None
+    hwconf: Any
+    solver_options: Any
 
 
 def check_supported(graph: Graph) -> list[Interval]:
     """Raise `LoweringError` for the first node that has no exact da4ml netlist; returns the intervals of all nodes."""
-    check_exact(graph)
+    quantizers = [index for index, node in enumerate(graph.nodes) if node.op == "quantize"]
+    for index in quantizers:
+        _check_modes(graph, index)
     known = intervals(graph)
-    for index, (node, own) in enumerate(zip(graph.nodes, known, strict=True)):
-        if node.op == "quantize":
-            _check_quantize(graph, index, known)
+    for index, own in enumerate(known):  # before check_exact: a constant with 53 bits is the cause, the product the symptom
         _check_constants(graph, index, own)
+    check_exact(graph)
+    for index in quantizers:
+        _check_fraction(graph, index, known)
     return known
 
 
-def _check_quantize(graph: Graph, index: int, known: Sequence[Interval]) -> None:
-    node = graph.nodes[index]
+def _check_modes(graph: Graph, index: int) -> None:
     for key, modes in (("rounding", ROUNDINGS), ("overflow", OVERFLOWS)):
-        mode = str(node.attrs[key])
+        mode = str(graph.nodes[index].attrs[key])
         if mode not in modes:
             raise LoweringError(
-                f"{label(graph, index)}: {key} mode {mode!r} has no netlist; {did_you_mean(mode, modes)} Change {key} of that quantizer"
+                f"{label(graph, index)}: {key} mode {mode!r} has no netlist ({did_you_mean(mode, modes)}); "
+                f"change the {key} mode of that quantizer"
             )
+
+
+def _check_fraction(graph: Graph, index: int, known: Sequence[Interval]) -> None:
+    """The quantizer's own constants (bounds, half a step, one step of its input) must lie on da4ml's finest grid."""
+    node, own = graph.nodes[index], known[index]
+    x = known[node.inputs[0]]
     k, i, f = (np.asarray(node.attrs[a]).astype(np.int64) for a in "kif")
-    wide = (k + i + f > 0) & (f > MAX_FRACTION) & (known[index].low != known[index].high)
-    if wide.any():
+    used = f if str(node.attrs["rounding"]) in ("TRN", "RND") else np.where(quantize_acts(node, x)[0], x.f, f)
+    fraction = np.where((k + i + f > 0) & (own.low != own.high), used, 0).max(initial=0)
+    if fraction > MAX_FRACTION:
         raise LoweringError(
-            f"{label(graph, index)}: {int(f[wide].max())} fractional bits, da4ml takes {MAX_FRACTION}; use a coarser quantizer there"
+            f"{label(graph, index)}: needs {fraction} fractional bits, da4ml takes {MAX_FRACTION}; use a coarser quantizer "
+            "there or, with a rounding mode other than TRN and RND, before it"
         )
 
 
@@ -107,8 +114,8 @@ def _check_constants(graph: Graph, index: int, own: Interval) -> None:
     if bad.any():
         at = tuple(int(j) for j in np.argwhere(bad)[0])
         raise LoweringError(
-            f"{label(graph, index)}: the constant {float(value[at])!r} at {at} has {int(bits[at])} significant and {int(f[at])} fractional "
-            f"bits, da4ml takes {MAX_CONSTANT_BITS} and {MAX_FRACTION}; quantize that parameter"
+            f"{label(graph, index)}: the constant {float(value[at])!r} at {at} has {int(bits[at])} significant and "
+            f"{int(f[at])} fractional bits, da4ml takes {MAX_CONSTANT_BITS} and {MAX_FRACTION}; quantize that parameter"
         )
 
 
@@ -125,13 +132,21 @@ def to_comb(
     """
     known = check_supported(graph)
     from da4ml.trace import comb_trace
+    from da4ml.trace.fixed_variable import HWConfig
 
-    circuit = _Circuit(hwconf, solver_options)
+    circuit = _Circuit(HWConfig(*map(int, hwconf[:2]), latency_cutoff=hwconf[2]), solver_options)
     with _exact_da4ml("tracing"):
         values = _trace(graph, known, circuit)
         ports = [v for j in graph.inputs for v in values[j].ravel()]
         outputs = [_variable(v, circuit) for j in graph.outputs for v in values[j].ravel()]
-        return comb_trace([_variable(v, circuit) for v in ports], outputs)
+        comb = comb_trace([_variable(v, circuit) for v in ports], outputs)
+    rounded = [op.qint.min for op in comb.ops if op.opcode == 5 and op.data * op.qint.step != op.qint.min]
+    if rounded:  # constants are stored relative to the power of two that their neighbour carries
+        raise LoweringError(
+            f"da4ml would round {len(rounded)} constants, such as {rounded[0]!r}: it stores {MAX_FRACTION + 1} fractional bits; "
+            "use fewer fractional bits in the quantizers whose bounds or kernels these are"
+        )
+    return comb
 
 
 @contextmanager
@@ -180,15 +195,15 @@ def _operation(node: Node, ins: list[np.ndarray], ranges: list[Interval], circui
     if op == "dot":
         return _dot(ins[0], ins[1], circuit)
     if op in ("sum", "amax", "amin"):
-        scalar = {"sum": _add, "amax": _max, "amin": _min}[op]
-        return _objects([_reduce(scalar, row) for row in ins[0]], node.shape)
-    scalar = _SCALAR[op]
+        scalar = {"sum": ops.add, "amax": ops.maximum, "amin": ops.minimum}[op]
+        return _objects([ops.reduce_tree(scalar, row) for row in ins[0]], node.shape)
+    scalar = ops.SCALAR[op]
     return _objects([scalar(*operands) for operands in zip(*(v.ravel() for v in ins), strict=True)], node.shape)
 
 
 def _objects(items: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
     out = np.empty(len(items), object)
-    out[:] = [_fold(v) for v in items]
+    out[:] = [ops.fold(v) for v in items]
     return out.reshape(shape)
 
 
@@ -200,9 +215,9 @@ def _port(node: Node, circuit: _Circuit) -> np.ndarray:
 
 
 def _variable(value: Any, circuit: _Circuit) -> Any:
-    from da4ml.trace.fixed_variable import FixedVariable, HWConfig
+    from da4ml.trace.fixed_variable import FixedVariable
 
-    return value if not isinstance(value, float) else FixedVariable.from_const(value, hwconf=HWConfig(*circuit.hwconf))
+    return value if not isinstance(value, float) else FixedVariable.from_const(value, hwconf=circuit.hwconf)
 
 
 def _dot(a: np.ndarray, c: np.ndarray, circuit: _Circuit) -> np.ndarray:
@@ -226,113 +241,8 @@ def _dot(a: np.ndarray, c: np.ndarray, circuit: _Circuit) -> np.ndarray:
             out[b] = rows(c[b].T, a[b].T).T
         else:
             for m, n in np.ndindex(out.shape[1:]):
-                out[b, m, n] = _reduce(_add, [_mul(x, y) for x, y in zip(a[b, m], c[b, :, n], strict=True)])
+                out[b, m, n] = ops.reduce_tree(ops.add, [ops.mul(x, y) for x, y in zip(a[b, m], c[b, :, n], strict=True)])
     return out
-
-
-def _reduce(scalar: Callable[[Any, Any], Any], row: Sequence[Any]) -> Any:
-    """Pairwise, earliest operands first, so that the tree is as shallow as the arrival times allow."""
-    items = list(row)
-    while len(items) > 1:
-        items.sort(key=_arrival)
-        items = [*items[2:], scalar(items[0], items[1])]
-    return items[0]
-
-
-def _arrival(v: Any) -> tuple[float, int]:
-    return (-1.0, 0) if isinstance(v, float) else (v.latency, sum(v.kif[:2]))
-
-
-# Scalars: a da4ml variable or a float.  da4ml mistakes a constant variable for a varying one in `abs` and in the key of
-# a multiplexer, which is why constants stay floats here.
-
-
-def _add(a: Any, b: Any) -> Any:
-    return b + a if isinstance(a, float) else a + b
-
-
-def _mul(a: Any, b: Any) -> Any:
-    if isinstance(a, float) and not isinstance(b, float):
-        a, b = b, a
-    return 0.0 if isinstance(b, float) and b == 0 else a * b
-
-
-def _neg(a: Any) -> Any:
-    return -a
-
-
-def _sub(a: Any, b: Any) -> Any:
-    return _add(a, _neg(b))
-
-
-def _abs(a: Any) -> Any:
-    if isinstance(a, float) or a.low >= 0:
-        return abs(a) if isinstance(a, float) else a
-    return _select(_negative(a), a, _neg(a), (0.0, float(max(-a.low, a.high)), float(a.step)))
-
-
-def _max(a: Any, b: Any) -> Any:
-    if isinstance(a, float):
-        a, b = b, a
-    if isinstance(b, float):
-        return max(a, b) if isinstance(a, float) else a.relu() if b == 0 else _larger(a, b, float(a.low), float(a.high), b, b)
-    return _larger(a, b, float(a.low), float(a.high), float(b.low), float(b.high))
-
-
-def _larger(a: Any, b: Any, a_low: float, a_high: float, b_low: float, b_high: float) -> Any:
-    if a_low >= b_high or a_high <= b_low:
-        return a if a_low >= b_high else b
-    step = min(float(v.step) for v in (a, b) if not isinstance(v, float))
-    step = min(step, 2.0 ** -int(least_f(np.array(b)))) if isinstance(b, float) else step
-    return _select(_gt(b, a), a, b, (max(a_low, b_low), max(a_high, b_high), step))
-
-
-def _min(a: Any, b: Any) -> Any:
-    return _neg(_max(_neg(a), _neg(b)))
-
-
-def _fold(v: Any) -> Any:
-    """A da4ml variable that can hold one value only, as a float."""
-    return float(v.low) if not isinstance(v, float) and v.low == v.high else v
-
-
-def _negative(a: Any) -> Any:
-    """1 where a < 0, else 0."""
-    return float(a < 0) if isinstance(a, float) else _fold(a.is_negative())
-
-
-def _gt(a: Any, b: Any) -> Any:
-    return _negative(_sub(b, a))
-
-
-def _not(a: Any) -> Any:
-    return 1.0 - a if isinstance(a, float) else ~a
-
-
-def _ne(a: Any, b: Any) -> Any:
-    difference = _sub(a, b)
-    return float(difference != 0) if isinstance(difference, float) else difference.unary_bit_op("any")
-
-
-def _select(cond: Any, on_false: Any, on_true: Any, bounds: tuple[float, float, float] | None = None) -> Any:
-    """`cond` is 0 or 1, hence its most significant bit is its only one; `bounds`: (low, high, step) if known better."""
-    if isinstance(cond, float):
-        return on_true if cond else on_false
-    if isinstance(on_true, float) and isinstance(on_false, float):
-        return _add(_mul(cond, on_true - on_false), on_false)
-    if cond.opr == "wrap":  # da4ml would look through it at a wider key, whose sign its interpreter misreads
-        cond, on_false, on_true = ~cond, on_true, on_false
-    if isinstance(on_true, float) and on_false._factor < 0:  # da4ml would negate the wrong operand
-        bounds = None if bounds is None else (-bounds[1], -bounds[0], bounds[2])
-        return _neg(cond.msb_mux(-on_true, _neg(on_false), bounds))
-    return cond.msb_mux(on_true, on_false, bounds)
-
-
-_SCALAR: Final[dict[str, Callable[..., Any]]] = {
-    "add": _add, "sub": _sub, "mul": _mul, "neg": _neg, "abs": _abs, "max": _max, "min": _min, "select": _select,
-    "gt": _gt, "lt": lambda a, b: _gt(b, a), "ge": lambda a, b: _not(_gt(b, a)), "le": lambda a, b: _not(_gt(a, b)),
-    "ne": _ne, "eq": lambda a, b: _not(_ne(a, b)),
-}  # fmt: skip
 
 
 def _quantize_array(node: Node, x: np.ndarray, known: Interval) -> np.ndarray:
@@ -343,66 +253,112 @@ def _quantize_array(node: Node, x: np.ndarray, known: Interval) -> np.ndarray:
     out: list[Any] = []
     for j, v in enumerate(x.ravel()):
         if isinstance(v, float) or k[j] + i[j] + f[j] <= 0:
-            out.append(float(quantize(v, k[j], i[j], f[j], rounding=rounding, overflow=overflow)) if isinstance(v, float) else 0.0)
+            out.append(
+                float(quantize(v, k[j], i[j], f[j], rounding=rounding, overflow=overflow)) if isinstance(v, float) else 0.0
+            )
             continue
         if rounds.ravel()[j]:
-            v = _round(v, f[j], int(known.f.ravel()[j]), rounding)
-        out.append(_clip(v, k[j], i[j], f[j], overflow if overflows.ravel()[j] else "WRAP"))
+            v = ops.round_to(v, f[j], int(known.f.ravel()[j]), rounding)
+        out.append(ops.clip(v, k[j], i[j], f[j], overflow if overflows.ravel()[j] else "WRAP"))
     return _objects(out, node.shape)
-
-
-def _round(x: Any, f: int, fx: int, rounding: str) -> Any:
-    """`y` with floor(y * 2^f) = the code of `x` (on the grid 2^-fx, fx > f) under `rounding`; formulas: see the module."""
-    half, lsb = 2.0 ** (-f - 1), 2.0**-fx
-    if rounding == "TRN":
-        return x
-    if rounding == "RND":
-        return _add(x, half)
-    if rounding == "RND_MIN_INF":
-        return _add(x, half - lsb)
-    if rounding == "RND_CONV":
-        return _add(_add(x, half - lsb), _mul(_wrap(x, 0, 1 - f, f), 2.0 ** (f - fx)))
-    negative = _negative(x)
-    if rounding == "TRN_ZERO":
-        return _add(x, _mul(negative, 2 * half - lsb))
-    if rounding == "RND_ZERO":
-        return _add(_add(x, half - lsb), _mul(negative, lsb))
-    return _sub(_add(x, half), _mul(negative, lsb))
-
-
-def _clip(x: Any, k: int, i: int, f: int, overflow: str) -> Any:
-    """Truncate `x` to the format; (k, i, f) has at least one bit."""
-    low, high, period = -k * 2.0**i, 2.0**i - 2.0**-f, (1 + k) * 2.0**i
-    if overflow == "WRAP_SM":
-        m = _wrap(_sub(x, low), 0, i + k + 1, f)
-        x = _select(_gt(period, m), _sub(low + 2 * period - 2.0**-f, m), _add(m, low))
-    elif overflow != "WRAP":
-        x = _min(_max(_truncate(x, f), low if overflow == "SAT" else -high * k), high)
-    return _wrap(x, k, i, f)
-
-
-def _truncate(x: Any, f: int) -> Any:
-    """TRN without overflow."""
-    k, i, fx = x.kif
-    return x if f >= fx else _wrap(x, k, max(i, 1 - k - f), f)
-
-
-def _wrap(x: Any, k: int, i: int, f: int) -> Any:
-    """TRN and WRAP; da4ml drops the sign extension when a negative value becomes a wider unsigned one, so it is added."""
-    if isinstance(x, float):
-        return float(quantize(x, k, i, f, rounding="TRN", overflow="WRAP"))
-    if k == 0 and x.low < 0 and 2.0**i > -x.low:
-        x = _add(x, 2.0**i)
-    return _fold(x.quantize(k, i, f, "WRAP", "TRN"))
 
 
 def predict(comb: CombLogic, x: np.ndarray) -> np.ndarray:
     """The netlist's outputs, float64 (N, n_out), from da4ml's interpreter for `x` (N, ...) with n_in values per sample.
 
-    Inputs pass the ports: TRN to their grid, then WRAP.  Raises `LoweringError` for a wrong number of values.
+    Inputs pass the ports: TRN to their grid, then WRAP.  Raises `LoweringError` for a wrong number of values, and for
+    netlists with ports, quantizers or multiplexers over 31 bits: the interpreter loses their sign, though the RTL is right.
     """
     x = np.asarray(x, np.float64)
     flat = np.ascontiguousarray(x.reshape(len(x), -1))
     if flat.shape[1] != comb.shape[0]:
         raise LoweringError(f"the netlist has {comb.shape[0]} input values per sample, got {flat.shape[1]} (array {x.shape})")
+    narrow = [op.qint for op in comb.ops if op.opcode == -1 or abs(op.opcode) in _NARROW_OPCODES]
+    width = int(_kifs(narrow).sum(0).max(initial=0))
+    if width > INTERPRETER_BITS:
+        raise LoweringError(
+            f"da4ml's interpreter handles {INTERPRETER_BITS} bits per value, this netlist has {width}; compare it in RTL "
+            "(`sim.simulate`), or narrow the quantizers: beyond 24 bits the float32 forward isn't exact either"
+        )
     return np.asarray(comb.predict(flat, n_threads=1), np.float64).reshape(len(x), comb.shape[1])
+
+
+def write_rtl(
+    comb: CombLogic,
+    directory: str | Path,
+    *,
+    name: str,
+    flavor: str = "verilog",
+    latency_cutoff: float = -1,
+    overwrite: bool = False,
+) -> RTLInfo:
+    """Write the netlist as an RTL project (top module `name`) into `directory` and return where and what it is.
+
+    `latency_cutoff` > 0 pipelines it (II = 1): registers at the ports and wherever a path exceeds that many adder
+    delays; a single slower operator gets a stage of its own length.  The project is written beside `directory` and
+    renamed, so that it is complete or absent.  Raises `LoweringError` for a bad name or flavor, an existing directory
+    without `overwrite`, and limits of da4ml.
+    """
+    if flavor not in FLAVORS:
+        raise LoweringError(f"flavor is {flavor!r}; {did_you_mean(flavor, FLAVORS)}")
+    if not (name.isascii() and name.isidentifier()) or name.startswith("_") or name in RESERVED:
+        raise LoweringError(
+            f"name is {name!r}, expected letters, digits and _, beginning with a letter, "
+            f"and none of {', '.join(sorted(RESERVED))}"
+        )
+    target = Path(directory).absolute()
+    if target.exists() and not overwrite:
+        raise LoweringError(f"{target} exists; pass overwrite=True to replace it, or another directory")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    from da4ml.codegen import RTLModel
+    from da4ml.trace.pipeline import to_pipeline
+
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        with _exact_da4ml("writing RTL"):
+            pipe = to_pipeline(comb, latency_cutoff, verbose=False) if latency_cutoff > 0 else None
+            model = RTLModel(pipe or comb, name, partial, flavor=flavor, print_latency=False)
+            model.write()
+            comb.save(partial / "model" / "comb.json")
+            info = _describe(comb, pipe, name, target, flavor)
+        partial.chmod(0o755)
+        _swap(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return info
+
+
+def _swap(new: Path, target: Path) -> None:
+    """Put `new` where `target` is; the old one is removed only after the new one is in its place."""
+    if not target.exists():
+        new.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    target.rename(old / target.name)
+    new.rename(target)
+    shutil.rmtree(old)
+
+
+def _describe(comb: CombLogic, pipe: Any, name: str, target: Path, flavor: str) -> RTLInfo:
+    first, last = (comb, comb) if pipe is None else (pipe.solutions[0], pipe.solutions[-1])
+    stages = 0 if pipe is None else len(pipe.solutions)
+    return RTLInfo(
+        name=name,
+        directory=target,
+        src=target / "src",
+        flavor=flavor,
+        stages=stages,
+        latency_cycles=stages + 1 if stages else 0,  # a register before every stage and one behind the last
+        ii=1,
+        reg_bits=0 if pipe is None else int(pipe.reg_bits),
+        cost=float((pipe or comb).cost),
+        latency_units=float(max(comb.latency)),
+        inp_kifs=_kifs(first.inp_qint),
+        out_kifs=_kifs(last.out_qint),
+    )
+
+
+def _kifs(qints: Sequence[Any]) -> np.ndarray:
+    from da4ml.types import minimal_kif
+
+    return np.array([minimal_kif(q) for q in qints], np.int64).reshape(len(qints), 3).T
