@@ -1,4 +1,4 @@
-"""The golden model: exact evaluation of a fixed-point `Graph` in numpy float64.  Imports no JAX.
+"""The golden model: exact evaluation of a fixed-point `Graph` in numpy float64.  This module needs no JAX.
 
 Every other implementation (JAX forward, da4ml, Verilog) is compared with this one, so it is written for being read: one
 line per op, no approximation.  It is exact while `pquant_jax.lower.ranges.check_exact` passes (53 bits).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,7 @@ MODES = [(r, o) for r in ("TRN", "RND") for o in ("WRAP", "SAT", "SAT_SYM")]
 KINDS = ("dense", "residual", "elementwise", "select", "reduce", "product", "mixed")
 
 
-def node(nodes: list[Node], op: str, inputs: Sequence[int] = (), shape: Sequence[int] | None = None, **attrs) -> int:
+def node(nodes: list[Node], op: str, inputs: Sequence[int] = (), shape: Sequence[int] | None = None, **attrs: Any) -> int:
     """Append a node (the shape of its first input unless given) and return its index."""
     shape = nodes[inputs[0]].shape if shape is None else tuple(int(s) for s in shape)
     nodes.append(Node(op, tuple(inputs), shape, attrs, attrs.pop("name", "")))
@@ -37,7 +38,7 @@ def random_format(rng: np.random.Generator, shape: Sequence[int]) -> dict[str, n
 
 def quantized(nodes: list[Node], x: int, rng: np.random.Generator, modes: tuple[str, str], name: str = "") -> int:
     """Append a quantizer of a random format per element; `modes` = (rounding, overflow)."""
-    form = random_format(rng, nodes[x].shape)
+    form: dict[str, Any] = random_format(rng, nodes[x].shape)
     return node(nodes, "quantize", (x,), name=name, rounding=modes[0], overflow=modes[1], **form)
 
 

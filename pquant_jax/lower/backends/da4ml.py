@@ -73,8 +73,10 @@ def check_supported(graph: Graph) -> list[Interval]:
     for index in quantizers:
         _check_modes(graph, index)
     known = intervals(graph)
-    for index, own in enumerate(known):  # before check_exact: a constant with 53 bits is the cause, the product the symptom
-        _check_constants(graph, index, own)
+    varying = [j for j, own in enumerate(known) if (own.low != own.high).any()]
+    read = {j for index in varying for j in graph.nodes[index].inputs} | set(graph.outputs)
+    for index in sorted(read):  # before check_exact: a constant with 53 bits is the cause, the product the symptom
+        _check_constants(graph, index, known[index])
     check_exact(graph)
     for index in quantizers:
         _check_fraction(graph, index, known)
@@ -106,10 +108,11 @@ def _check_fraction(graph: Graph, index: int, known: Sequence[Interval]) -> None
 
 
 def _check_constants(graph: Graph, index: int, own: Interval) -> None:
+    """Those that a varying node reads; what is computed from constants alone is folded and may be finer."""
     value = np.where(own.low == own.high, own.low, 0.0)
     f = least_f(value)
     bits = np.frexp(np.abs(np.ldexp(value, f)))[1]
-    is_kernel = graph.nodes[index].op == "const"
+    is_kernel = np.array_equal(own.low, own.high)
     bad = (f > MAX_FRACTION) | (is_kernel & (bits > MAX_CONSTANT_BITS))
     if bad.any():
         at = tuple(int(j) for j in np.argwhere(bad)[0])
