@@ -87,32 +87,36 @@ class Grid(NamedTuple):
     high: jax.Array
 
 
-def grid(k: jax.Array, i: jax.Array, f: jax.Array, overflow: str) -> Grid:
-    """The grid of a format.  Every part is the result of a division, and that is on purpose.
+def grid(k: jax.Array, i: jax.Array, f: jax.Array, overflow: str, *, shared: bool) -> Grid:
+    """The grid of a format; shared: one format serves many values.
 
-    XLA fuses cheap arithmetic into the loop over the values that share a format and computes it again for each of
-    them (131 us instead of 33 us for 1024 x 64 on CPU; an optimization barrier does not survive to that pass), but it
-    never fuses an expensive operation into a broadcast.  Dividing by a power of two is exact.
+    Every part of a shared grid is the result of a division, and that is on purpose.  XLA fuses cheap arithmetic into
+    the loop over the values and computes it again for each of them (131 us instead of 33 us for 1024 x 64 on CPU; an
+    optimization barrier does not survive to that pass), but it never fuses an expensive operation into a broadcast.
+    Dividing by a power of two is exact.
     """
     fr = jnp.round(f)
     scale, step = power_of_two(fr, f.dtype), power_of_two(-fr, f.dtype)
     codes = power_of_two(jnp.maximum(jnp.round(i), -fr) + fr, f.dtype)
-    high = (codes - 1) / scale
-    return Grid(1 / step, 1 / scale, codes / scale, -k * (codes - 1 if overflow == "SAT_SYM" else codes) / scale, high)
+    lowest = -k * (codes - 1 if overflow == "SAT_SYM" else codes)
+    if shared:
+        return Grid(1 / step, 1 / scale, codes / scale, lowest / scale, (codes - 1) / scale)
+    return Grid(scale, step, codes * step, lowest * step, (codes - 1) * step)
 
 
 def quantize_forward(x, k, i, f, *, rounding: str, overflow: str, wrap: bool) -> jax.Array:
     """The value of `quantize`; see `pquant_jax.numerics.quantize`."""
-    g = grid(k, i, f, overflow)
+    shared = f.size < x.size
+    g = grid(k, i, f, overflow, shared=shared)
     if overflow in ("SAT", "SAT_SYM"):
         x = jnp.clip(x, g.low, g.high)
     codes = round_codes(x * g.scale, rounding)
     if overflow == "WRAP_SM" or (overflow == "WRAP" and wrap):
         codes = _wrap(codes, k, g.span * g.scale, reflect=overflow == "WRAP_SM")
-    dead, divisor = k + jnp.round(i) + jnp.round(f) <= 0, power_of_two(jnp.round(f), x.dtype)
+    dead, scale = k + jnp.round(i) + jnp.round(f) <= 0, power_of_two(jnp.round(f), x.dtype)
     zero, one = jnp.zeros((), x.dtype), jnp.ones((), x.dtype)
-    # x / (1 / y) would be simplified to x * y, so the divisor is not g.scale
-    return jnp.where(dead, zero, codes) / divisor if f.size >= x.size else codes * (jnp.where(dead, zero, one) / divisor)
+    # a bias is broadcast to the batch next, so it too ends in a division; x / (1 / y) would be simplified to x * y
+    return codes * (jnp.where(dead, zero, one) / scale) if shared else jnp.where(dead, zero, codes) / scale
 
 
 def _wrap(codes: jax.Array, k: jax.Array, span: jax.Array, *, reflect: bool) -> jax.Array:
@@ -133,7 +137,7 @@ def quantize_gradients(x, k, i, f, u, *, rounding: str, overflow: str, wrap: boo
     In range dx = u, df = u ln2 (x - q); above: di = u ln2 2^i, df = u ln2 2^-f; below: di = -k u ln2 2^i, and
     df = -k u ln2 2^-f for SAT_SYM.  WRAP in training has dx = u everywhere and no gradient to i.
     """
-    scale, step, span, low, high = grid(k, i, f, overflow)
+    scale, step, span, low, high = grid(k, i, f, overflow, shared=f.size < x.size)
     codes = round_codes(x * scale, rounding)
     residual = LN2 * (x - codes * step)
     zero = jnp.zeros((), x.dtype)

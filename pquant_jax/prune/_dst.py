@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pquant_jax import _tree
-from pquant_jax._base import AxisRole, Params, Stage, Transform, Tree, View
+from pquant_jax._base import AxisRole, Event, Params, Stage, Transform, Tree, View
 from pquant_jax._errors import TransformError
 from pquant_jax.numerics import mask
 from pquant_jax.transforms import entering, hyper, labelled
@@ -61,12 +61,13 @@ def dst(
 ) -> Transform:
     """Prune with trained thresholds: m = 1[|w| > T], learned by a surrogate gradient, in the training stage.
 
-    Dense while pre-training; in fine-tuning the last mask is frozen.
+    Dense while pre-training.  The mask is stored at every boundary and frozen in fine-tuning, so a loop of your own
+    tells the compression when fine-tuning begins: `pq.boundary(..., event=Event.PRE_FINETUNE, stage=Stage.FINETUNE)`.
 
     Args:
       alpha: weight of sum(exp(-T)); larger prunes more.
       threshold_init: starting T, in units of the weights.
-      max_sparsity: fraction; a layer that reaches it gets T = 0 back.
+      max_sparsity: fraction; a layer that has reached it when an epoch ends gets T = 0 back.
       granularity: one T per "weight", output "channel", or "layer".
       roles: `inst.roles`, which says what the output channel is; default the last axis.
     Raises: TransformError for an unknown granularity or a model without kernels.
@@ -101,18 +102,23 @@ def dst(
         pruned = {p: mask(w, masks[p]) for p, w in _kernels(params.model, params).items()}
         return View(_tree.replace(params.model, pruned), {}, masks), state
 
-    def step(params: Params, state: DSTState, *, view: View | None = None, stage: Any, **extra: Any) -> tuple[Params, DSTState]:
-        del extra
-        model, thresholds = entering(params, view).model, params.extra["dst"]
-        masks, reset = current(params, model, state.mask, stage), {}
-        for p, m in masks.items():
-            collapsed = jnp.mean(1 - m) >= state.hyper["max_sparsity"]
-            reset[p] = jnp.where((stage == Stage.TRAIN) & collapsed, jnp.zeros_like(thresholds[p]), thresholds[p])
-        return Params(params.model, {**params.extra, "dst": reset}), DSTState(state.hyper, jnp.asarray(stage, jnp.int32), masks)
-
-    def boundary(params: Params, state: DSTState, *, stage: Any, **extra: Any) -> tuple[Params, DSTState]:
+    def step(params: Params, state: DSTState, *, stage: Any, **extra: Any) -> tuple[Params, DSTState]:
         del extra
         return params, state._replace(stage=jnp.asarray(stage, jnp.int32))
+
+    def boundary(
+        params: Params, state: DSTState, *, view: View | None = None, event: Any, stage: Any, **extra: Any
+    ) -> tuple[Params, DSTState]:
+        del extra
+        thresholds = params.extra["dst"]
+        training, ends = state.stage == Stage.TRAIN, (event == Event.POST_EPOCH) | (event == Event.PRE_FINETUNE)
+        masks = current(params, entering(params, view).model, state.mask, state.stage)
+        reset = {}
+        for p, m in masks.items():
+            collapsed = training & ends & (jnp.mean(1 - m) >= state.hyper["max_sparsity"])
+            reset[p] = jnp.where(collapsed, jnp.zeros_like(thresholds[p]), thresholds[p])
+        new = Params(params.model, {**params.extra, "dst": reset})
+        return new, DSTState(state.hyper, jnp.asarray(stage, jnp.int32), masks)
 
     def penalty(params: Params, state: DSTState, view: View) -> jax.Array:
         del view
