@@ -52,7 +52,11 @@ def clone_lines() -> Iterator[Line]:
         demo = subprocess.run(["make", "demo"], cwd=clone, stdout=subprocess.DEVNULL)
         seconds = time.perf_counter() - start
         test = subprocess.run(["make", "test"], cwd=clone, stdout=subprocess.DEVNULL)
-        yield Line("make demo, make test from an empty clone", f"exit {demo.returncode}, {test.returncode}", demo.returncode + test.returncode == 0)
+        yield Line(
+            "make demo, make test from an empty clone",
+            f"exit {demo.returncode}, {test.returncode}",
+            demo.returncode + test.returncode == 0,
+        )
         yield Line("demo seconds after installation <= 240", f"{seconds:.0f} s", seconds <= 240)
 
 
@@ -72,11 +76,15 @@ def demo_lines() -> Iterator[Line]:
     compressed = [r["accuracy"]["compressed"] for r in runs]
     gap = 100 * (np.mean(exact) - np.mean(compressed))
     yield Line("float test accuracy >= 0.67, each seed", _list(exact, ".4f"), min(exact) >= 0.67)
-    yield Line("compressed within 1.0 point of float, mean of 3 seeds", f"{_list(compressed, '.4f')}: {gap:.2f} points", gap <= 1.0)
+    yield Line(
+        "compressed within 1.0 point of float, mean of 3 seeds", f"{_list(compressed, '.4f')}: {gap:.2f} points", gap <= 1.0
+    )
     ebops = [r["ebops"]["reference8"] / r["ebops"]["final"] for r in runs]
     yield Line("reference8 / EBOPs >= 25", _list(ebops, ".1f"), min(ebops) >= 25)
     costs = [eight["cost"]["da4ml"] / r["cost"]["da4ml"] for r in runs]
-    yield Line("cost of the 8-bit netlist / cost >= 8", f"{_list(costs, '.1f')} (8-bit: {eight['cost']['da4ml']:.0f})", min(costs) >= 8)
+    yield Line(
+        "cost of the 8-bit netlist / cost >= 8", f"{_list(costs, '.1f')} (8-bit: {eight['cost']['da4ml']:.0f})", min(costs) >= 8
+    )
     wrong = [n for r in runs for n in r["mismatches"].values()]
     vectors = min(r["vectors"] for r in runs)
     zero = all(n == 0 for n in wrong) and vectors >= 10_000

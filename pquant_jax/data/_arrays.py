@@ -71,7 +71,7 @@ def digest(splits: Iterable[Split]) -> str:
     for leaf in jtu.tree_leaves(list(splits)):
         leaf = np.ascontiguousarray(leaf)
         hasher.update(f"{leaf.dtype.str}{leaf.shape}".encode())
-        hasher.update(leaf)
+        hasher.update(leaf.tobytes())
     return hasher.hexdigest()[:16]
 
 

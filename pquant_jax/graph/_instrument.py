@@ -342,14 +342,16 @@ def _at_site(run: _Run, v: Value, name: str, kind: str, *, shared: bool = False)
         del shape[v.batch]
     spec = SiteSpec(tuple(shape), kind, v.signed, (len(shape) - 1,) if shape else ())
     if run.known is not None and name not in run.known:
-        raise TraceError(f"the training forward has a site {name!r} that the inference forward lacks; {did_you_mean(name, run.known)}")
+        close = did_you_mean(name, run.known)
+        raise TraceError(f"the training forward has a site {name!r} that the inference forward lacks; {close}")
     run.specs[name] = spec
     axis = v.batch
     x = v.val
     run.ranges[name] = _range(x, axis, v.signed)
     fmt = run.view.sites.get(name)
     if fmt is not None:
-        fmt = KIF(*(expand(part, axis) for part in (fmt.k, fmt.i, fmt.f)), fmt.rounding, fmt.overflow)
+        k, i, f = (expand(part, axis) for part in (fmt.k, fmt.i, fmt.f))
+        fmt = KIF(k, i, f, fmt.rounding, fmt.overflow)
         with jax.named_scope(name):
             x = quantize(x, fmt, wrap=run.wrap or kind != "input")
     made = Value(x, v.batch, v.signed, None, frozenset({name}) if kind == "input" else v.paths)

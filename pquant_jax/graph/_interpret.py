@@ -25,12 +25,12 @@ INLINE: Mapping[str, str] = {
 }
 PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
 ELEMENTWISE = frozenset(
-    "add sub mul div max min neg abs sign square integer_pow pow exp exp2 log log1p expm1 tanh logistic rsqrt sqrt cbrt erf sin cos "
-    "floor ceil round select_n clamp ge gt le lt eq ne and or not xor is_finite nextafter rem "
+    "add sub mul div max min neg abs sign square integer_pow pow exp exp2 log log1p expm1 tanh logistic rsqrt sqrt cbrt "
+    "erf sin cos floor ceil round select_n clamp ge gt le lt eq ne and or not xor is_finite nextafter rem "
     "quantize mask site copy stop_gradient convert_element_type reduce_precision optimization_barrier custom_jvp_call "
     "custom_vjp_call".split()
 )
-REDUCE = frozenset({"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin", "psum"})
+REDUCE = frozenset("reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin psum".split())
 
 
 class Const(NamedTuple):
@@ -143,10 +143,11 @@ def batch_axes(program: Program, inputs: Sequence[int | None]) -> dict[int, int 
 
 
 def _batch_of(eqn: Any, batch: list[int | None]) -> int | None:
-    where = next((n for n, b in enumerate(batch) if b is not None), None)
-    if where is None:
+    found = next(((n, b) for n, b in enumerate(batch) if b is not None), None)
+    if found is None:
         return None
-    b, name, params = batch[where], eqn.primitive.name, eqn.params
+    where, b = found
+    name, params = eqn.primitive.name, eqn.params
     shape, out = eqn.invars[where].aval.shape, eqn.outvars[0].aval.shape
     if name == "dot_general":
         return _batch_of_dot(eqn, batch)
@@ -174,15 +175,15 @@ def _batch_of(eqn: Any, batch: list[int | None]) -> int | None:
 
 def _batch_of_dot(eqn: Any, batch: list[int | None]) -> int | None:
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
-    side = 0 if batch[0] is not None else 1
-    b = batch[side]
+    side, b = next((n, b) for n, b in enumerate(batch) if b is not None)
     contract, batched = ((lhs_contract, lhs_batch), (rhs_contract, rhs_batch))[side]
     if b in contract:
         return None
     if b in batched:
         return tuple(batched).index(b)
     ranks = [len(v.aval.shape) for v in eqn.invars]
-    free = [[d for d in range(r) if d not in (*c, *t)] for r, c, t in zip(ranks, (lhs_contract, rhs_contract), (lhs_batch, rhs_batch), strict=True)]
+    taken = ((*lhs_contract, *lhs_batch), (*rhs_contract, *rhs_batch))
+    free = [[d for d in range(rank) if d not in used] for rank, used in zip(ranks, taken, strict=True)]
     before = len(lhs_batch) + (len(free[0]) if side else 0)
     return before + free[side].index(b)
 

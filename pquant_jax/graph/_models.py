@@ -62,6 +62,7 @@ def from_linen(module: Any, x: Any, *, rng: jax.Array | None = None, variables: 
     if variables is None:
         key = jax.random.key(0) if rng is None else rng
         variables = module.init({"params": key, "dropout": key}, x, **_train_argument(call, False))
+    assert variables is not None  # for the type checker
     state = {name: tree for name, tree in variables.items() if name != "params"}
 
     def run(params: Tree, state: Tree, x: Any, *, train: bool, rng: Any) -> tuple[Any, Tree]:
@@ -90,7 +91,8 @@ def from_nnx(module: Any) -> Model:
         if rng is not None:
             nnx.reseed(merged, dropout=rng, default=rng)
         y = merged(x, **_train_argument(call, train))
-        return y, nnx.to_pure_dict(nnx.split(merged, nnx.Param, ...)[2]) if train else state
+        updated: Any = nnx.split(merged, nnx.Param, ...)[2]
+        return y, nnx.to_pure_dict(updated) if train else state
 
     param_shape, rest_shape = params, rest
     return Model(run, nnx.to_pure_dict(params), nnx.to_pure_dict(rest))
@@ -127,9 +129,7 @@ def from_equinox(module: Any, state: Any = None) -> Model:
             return jax.vmap(lambda v, key: merged(v, key=key), axis_name="batch")(x, keys), model_state
         if keys is None:
             return jax.vmap(merged, in_axes=(0, None), out_axes=(0, None), axis_name="batch")(x, model_state)
-        stepped = jax.vmap(
-            lambda v, s, key: merged(v, s, key=key), in_axes=(0, None, 0), out_axes=(0, None), axis_name="batch"
-        )
+        stepped = jax.vmap(lambda v, s, key: merged(v, s, key=key), in_axes=(0, None, 0), out_axes=(0, None), axis_name="batch")
         return stepped(x, model_state, keys)
 
     return Model(run, params, {} if state is None else state)

@@ -60,7 +60,9 @@ def outputs(eqn: Any, ins: Sequence[Value], arrays: Sequence[Any], batch: int | 
 def can_be_negative(eqn: Any, signed: Sequence[bool], values: Sequence[Any]) -> bool:
     """A sound answer from the signs of the operands; True when in doubt."""
     name = eqn.primitive.name
-    if name in ("exp", "exp2", "logistic", "abs", "square", "sqrt", "rsqrt") or (name == "integer_pow" and eqn.params["y"] % 2 == 0):
+    if name in ("exp", "exp2", "logistic", "abs", "square", "sqrt", "rsqrt") or (
+        name == "integer_pow" and eqn.params["y"] % 2 == 0
+    ):
         return False
     if name == "max":
         return all(signed)

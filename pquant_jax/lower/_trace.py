@@ -55,7 +55,9 @@ def trace(inst: Instrumented, view: View, model_state: Tree) -> Graph:
 
     missing = sorted(n for n, spec in inst.sites.items() if n not in view.sites)
     if missing:
-        raise LoweringError(f"site {missing[0]!r} has no fixed-point format: add a quantizer (pq.quantize.hgq or fixed) to the chain")
+        raise LoweringError(
+            f"site {missing[0]!r} has no fixed-point format: add a quantizer (pq.quantize.hgq or fixed) to the chain"
+        )
     program = flatten(jax.make_jaxpr(forward)(inst.sample))
     build: _Nodes = []
     env: dict[int, int | np.ndarray] = {}
@@ -96,7 +98,9 @@ def _broadcast(build: _Nodes, value: int | np.ndarray, shape: tuple[int, ...]) -
     return _take(build, value, np.broadcast_to(index, shape))
 
 
-def _lower(build: _Nodes, eqn: Any, ins: list[int | np.ndarray], scope: str, ports: dict[int, InputSpec]) -> list[int | np.ndarray]:
+def _lower(
+    build: _Nodes, eqn: Any, ins: list[int | np.ndarray], scope: str, ports: dict[int, InputSpec]
+) -> list[int | np.ndarray]:
     if all(isinstance(v, np.ndarray) for v in ins):  # parameters alone: folded in the traced dtype
         arrays = [jnp.asarray(v, var.aval.dtype) for v, var in zip(ins, eqn.invars, strict=True)]
         return [np.asarray(o) for o in bind(eqn, arrays)]
@@ -219,7 +223,9 @@ def _divide(build: _Nodes, eqn: Any, ins: list[int | np.ndarray], shape: tuple[i
     divisor = ins[1]
     if not isinstance(divisor, np.ndarray) or not np.all(np.abs(np.frexp(divisor)[0]) == 0.5):
         what = "a value" if not isinstance(divisor, np.ndarray) else f"{np.ravel(divisor)[0]}"
-        raise LoweringError(f"can't lower a division by {what} (near {scope}): only powers of two are exact; multiply by a constant")
+        raise LoweringError(
+            f"can't lower a division by {what} (near {scope}): only powers of two are exact; multiply by a constant"
+        )
     factors = [_broadcast(build, ins[0], shape), _broadcast(build, 1.0 / np.asarray(divisor, np.float64), shape)]
     return _add(build, "mul", factors, shape, scope)
 

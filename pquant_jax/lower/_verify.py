@@ -64,7 +64,9 @@ def verify(
     codes = to_codes(expected, f)
     counts: dict[str, int | None] = dict.fromkeys(("emulator", "da4ml", "rtl_comb", "rtl_pipelined"))
     say("JAX forward")
-    counts["emulator"] = _compare("the JAX forward", forward_outputs(inst, view, model_state, inputs), codes, f, graph, inputs, None)
+    counts["emulator"] = _compare(
+        "the JAX forward", forward_outputs(inst, view, model_state, inputs), codes, f, graph, inputs, None
+    )
     flat = flatten_batch(inputs)
     if comb is not None:
         from pquant_jax.lower.backends import da4ml
@@ -99,7 +101,13 @@ def _output_f(graph: Graph) -> np.ndarray:
 
 
 def _compare(
-    name: str, values: np.ndarray, codes: np.ndarray, f: np.ndarray, graph: Graph, inputs: Sequence[np.ndarray], nodes: Callable | None
+    name: str,
+    values: np.ndarray,
+    codes: np.ndarray,
+    f: np.ndarray,
+    graph: Graph,
+    inputs: Sequence[np.ndarray],
+    nodes: Callable | None,
 ) -> int:
     """0 if every integer is equal; else VerifyError with the first difference."""
     scaled = np.ldexp(values, f)

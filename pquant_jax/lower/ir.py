@@ -137,7 +137,7 @@ def save(graph: Graph, path: str | os.PathLike) -> None:
         header.append([node.op, list(node.inputs), list(node.shape), plain, node.name])
     text = json.dumps({"format": 1, "nodes": header, "inputs": graph.inputs, "outputs": graph.outputs})
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, header=np.frombuffer(text.encode(), np.uint8), **arrays)
+    np.savez_compressed(buffer, header=np.frombuffer(text.encode(), np.uint8), **arrays)  # pyright: ignore[reportArgumentType]
     target = Path(path)
     partial = target.with_name(target.name + ".partial")
     partial.write_bytes(buffer.getvalue())
@@ -155,5 +155,6 @@ def load(path: str | os.PathLike) -> Graph:
             if key != "header":
                 index, name = key.split(".", 1)
                 attrs[int(index)][name] = data[key]
-    nodes = tuple(Node(op, tuple(ins), tuple(shape), a, name) for (op, ins, shape, _, name), a in zip(header["nodes"], attrs))
+    rows = zip(header["nodes"], attrs, strict=True)
+    nodes = tuple(Node(op, tuple(ins), tuple(shape), a, name) for (op, ins, shape, _, name), a in rows)
     return validate(Graph(nodes, tuple(header["inputs"]), tuple(header["outputs"])))

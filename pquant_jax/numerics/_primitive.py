@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -89,7 +90,7 @@ def _unbroadcast(g: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 @functools.cache
 def _quantize_vjp(rounding: str, overflow: str, wrap: bool):
-    modes = dict(rounding=rounding, overflow=overflow, wrap=wrap)
+    modes: dict[str, Any] = dict(rounding=rounding, overflow=overflow, wrap=wrap)
 
     @jax.custom_vjp
     def quantize_with_gradient(x, k, i, f):
@@ -118,7 +119,7 @@ _mask_vjp.defvjp(lambda x, m: (_mask_vjp(x, m), (x, m)), lambda res, u: (u * res
 def _quantize_abstract(x, k, i, f, **_):
     if jnp.broadcast_shapes(x.shape, k.shape, i.shape, f.shape) != x.shape:
         raise TypeError(f"k {k.shape}, i {i.shape}, f {f.shape} must broadcast to x {x.shape}")
-    return jax.core.ShapedArray(x.shape, x.dtype)
+    return ShapedArray(x.shape, x.dtype)
 
 
 def _quantize_batch(args, dims, **modes):
@@ -137,8 +138,11 @@ def _quantize_batch(args, dims, **modes):
 
 def _mask_batch(args, dims):
     size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
-    x, m = (jnp.broadcast_to(a[None], (size, *a.shape)) if d is None else jnp.moveaxis(a, d, 0) for a, d in zip(args, dims, strict=True))
-    return mask_p.bind(x, m), 0
+
+    def front(a, d):
+        return jnp.broadcast_to(a[None], (size, *a.shape)) if d is None else jnp.moveaxis(a, d, 0)
+
+    return mask_p.bind(*(front(a, d) for a, d in zip(args, dims, strict=True))), 0
 
 
 _MODES = ("rounding", "overflow", "wrap")
@@ -148,7 +152,7 @@ mlir.register_lowering(quantize_p, mlir.lower_fun(_fixed.quantize_forward, multi
 batching.primitive_batchers[quantize_p] = _quantize_batch
 
 mask_p.def_impl(jax.jit(jnp.multiply))
-mask_p.def_abstract_eval(lambda x, m: jax.core.ShapedArray(x.shape, x.dtype))
+mask_p.def_abstract_eval(lambda x, m: ShapedArray(x.shape, x.dtype))
 mlir.register_lowering(mask_p, mlir.lower_fun(jnp.multiply, multiple_results=False))
 batching.primitive_batchers[mask_p] = _mask_batch
 

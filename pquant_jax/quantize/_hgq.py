@@ -155,7 +155,8 @@ def hgq(
 
 def _own_format(w: jax.Array, f: jax.Array, rounding: str) -> tuple[jax.Array, jax.Array]:
     """(k, i) of the narrowest two's complement that holds the rounded weights, per element of f's shape; 0 needs no bits."""
-    low, high = _shared_range(*(jax.lax.stop_gradient(_rounded(w, f, rounding)),) * 2, f.shape)
+    rounded = jax.lax.stop_gradient(_rounded(w, f, rounding))
+    low, high = _shared_range(rounded, rounded, f.shape)
     return (low < 0).astype(f.dtype), integer_bits(low, high, f)
 
 
@@ -169,7 +170,8 @@ def _site_range(stats: Stats, name: str, shape: tuple[int, ...]) -> tuple[jax.Ar
     ranges = stats.get("range", {})
     if name not in ranges:
         raise TransformError(f"no range of site {name!r} in the statistics; pass stats= from inst.capture of the same model")
-    return _shared_range(*ranges[name], shape)
+    low, high = ranges[name]
+    return _shared_range(low, high, shape)
 
 
 def _range_bits(stats: Stats, name: str, f: jax.Array, rounding: str) -> jax.Array:

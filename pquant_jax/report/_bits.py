@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -232,4 +232,5 @@ def _draw_histograms(axes: Axes, kernels: Sequence[np.ndarray]) -> None:
 def _with_pruned(top: int) -> Colormap:
     from matplotlib.colors import ListedColormap
 
-    return ListedColormap([style.PRUNED, *style.shades(top).colors][: top + 1])
+    shades: Any = style.shades(top)
+    return ListedColormap([style.PRUNED, *shades.colors][: top + 1])

@@ -65,7 +65,7 @@ def render(draw: Callable[[Figure], Any], size: tuple[float, float], label: str)
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ToolError(f"pictures need matplotlib ({error}); pip install 'pquant-jax[plots]'") from error
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE):  # pyright: ignore[reportArgumentType]
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
         draw(figure)

@@ -6,7 +6,7 @@ import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -78,7 +78,7 @@ def save_profiles(path: str | os.PathLike[str], profiles: Sequence[Profile]) -> 
     }
     temporary = path.with_name(path.name + ".part")
     with temporary.open("wb") as file:  # a file object: given a name, savez would append another .npz to it
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
     os.replace(temporary, path)
 
 
@@ -93,7 +93,7 @@ def load_profiles(path: str | os.PathLike[str]) -> list[Profile]:
         raise DataError(f"{os.fspath(path)!r} is no file of profiles ({error}); write one with save_profiles") from error
 
 
-def _profile(fields: dict[str, np.ndarray | None]) -> Profile:
+def _profile(fields: dict[str, Any]) -> Profile:
     missing = [name for name, value in fields.items() if value is None and name != "values"]
     if missing:
         raise ValueError(f"a profile lacks {', '.join(missing)}")

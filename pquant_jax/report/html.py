@@ -105,7 +105,7 @@ def cards(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(label, escaped value, escaped note) of each headline number; what is unknown shows a dash, what was never
     measured (float accuracy, RTL resources) no card."""
     metric = str(summary.get("metric") or "accuracy")
-    found = summary.get(metric) if isinstance(summary.get(metric), Mapping) else {}
+    found: Mapping[str, Any] = summary[metric] if isinstance(summary.get(metric), Mapping) else {}
     cost, ebops, params = (summary.get(key) or {} for key in ("cost", "ebops", "params"))
     names = {"float": "float", "compressed": "compressed", "emulated": "bit-exact emulation"}
     out = [(metric, score(found.get(key), metric), note) for key, note in names.items() if key in found]

@@ -4,7 +4,16 @@ from pquant_jax.train._final import finalize, load_final, save_final
 from pquant_jax.train._fit import Result, calibrate, fit
 from pquant_jax.train._losses import Metric, absolute_error, accuracy, average, cross_entropy, mae, mse, squared_error
 from pquant_jax.train._plan import Plan, Slot, schedule
-from pquant_jax.train._step import Batch, TrainState, init_state, kernel_sparsity, make_epoch, make_evaluate, make_step, permutation
+from pquant_jax.train._step import (
+    Batch,
+    TrainState,
+    init_state,
+    kernel_sparsity,
+    make_epoch,
+    make_evaluate,
+    make_step,
+    permutation,
+)
 
 __all__ = [
     "Batch",

@@ -44,7 +44,7 @@ def finalize(compression: Transform, params: Params, state: State, model_state: 
 def save_final(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write what `finalize` gave to an .npz, through a temporary name."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
+    np.savez_compressed(buffer, **arrays)  # pyright: ignore[reportArgumentType]
     target = Path(path)
     partial = target.with_name(target.name + ".partial")
     partial.write_bytes(buffer.getvalue())
@@ -71,7 +71,8 @@ def load_final(path: str | Path, inst: Instrumented) -> tuple[View, Tree]:
         kind, _, name = key.partition("/")
         if kind == "modes":
             rounding, overflow = (str(v) for v in arrays[key])
-            sites[name] = KIF(*(jnp.asarray(arrays[f"{part}/{name}"], jnp.float32) for part in _PARTS), rounding, overflow)
+            k, i, f = (jnp.asarray(arrays[f"{part}/{name}"], jnp.float32) for part in _PARTS)
+            sites[name] = KIF(k, i, f, rounding, overflow)
     masks = {key[5:]: jnp.asarray(v) for key, v in arrays.items() if key.startswith("mask/")}
     state = {key[6:]: jnp.asarray(v) for key, v in arrays.items() if key.startswith("state/")}
     return View(_tree.replace(inst.model.params, leaves), sites, masks), _tree.replace(inst.model.state, state)

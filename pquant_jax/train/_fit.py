@@ -124,7 +124,8 @@ def fit(
         for n, slot in enumerate(slots[first:], first):
             if slot.save:
                 saved = _kernels(state)
-            state, record = _one_epoch(run, state, slot, n, train, val, seed, batch_size, samples, shuffle)
+            order = permutation(seed, n, samples, batch_size, shuffle=shuffle)
+            state, record = _one_epoch(run, state, slot, n, order, train, val)
             history.append(record)
             if slot.stage == last_stage and (best is None or _better(record, best[0], metric)):
                 best = (record, state)
@@ -170,7 +171,9 @@ def _compile(inst: Instrumented, compression: Transform, tx: Any, loss: Callable
 
     @jax.jit
     def tell(state: TrainState, event: Any, stage: Any, epoch: Any, epochs: Any) -> TrainState:
-        params, opt_state = boundary(compression, state.params, state.opt_state, event=event, stage=stage, epoch=epoch, epochs=epochs)
+        params, opt_state = boundary(
+            compression, state.params, state.opt_state, event=event, stage=stage, epoch=epoch, epochs=epochs
+        )
         return state._replace(params=params, opt_state=opt_state)
 
     def told(state: TrainState, event: Event, stage: Stage, epoch: int, epochs: int) -> TrainState:
@@ -181,12 +184,11 @@ def _compile(inst: Instrumented, compression: Transform, tx: Any, loss: Callable
 
 
 def _one_epoch(
-    run: _Run, state: TrainState, slot: Slot, n: int, train: Batch, val: Batch, seed: int, batch_size: int, samples: int, shuffle: bool
+    run: _Run, state: TrainState, slot: Slot, n: int, order: np.ndarray, train: Batch, val: Batch
 ) -> tuple[TrainState, Record]:
     start = time.perf_counter()
     state = run.tell(state, Event.PRE_EPOCH, slot.stage, slot.epoch, slot.epochs)
-    order = jnp.asarray(permutation(seed, n, samples, batch_size, shuffle=shuffle))
-    state, loss = run.epoch(state, train, order, np.int32(slot.stage))
+    state, loss = run.epoch(state, train, jnp.asarray(order), np.int32(slot.stage))
     state = run.tell(state, Event.POST_EPOCH, slot.stage, slot.epoch, slot.epochs)
     figures = {name: float(v) for name, v in run.evaluate(state, val).items()}
     record = dict(epoch=n, stage=STAGE_NAMES[slot.stage], loss=float(loss), **figures, seconds=time.perf_counter() - start)

@@ -68,7 +68,7 @@ def make_step(inst: Instrumented, compression: Transform, tx: Any, loss: Callabl
 
         (_, (model_state, stats, task)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, stage=stage, stats=stats)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         return TrainState(params, opt_state, model_state, state.key, state.count + 1), task
 
     return step

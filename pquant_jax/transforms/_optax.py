@@ -29,7 +29,7 @@ def as_optax(compression: Transform) -> optax.GradientTransformationExtraArgs:
     Raises: TransformError if one of them is missing.
     """
 
-    def init(params: Params) -> CompressionState:
+    def init(params: Any) -> CompressionState:
         return CompressionState(compression.init(params))
 
     def update(updates: Params, state: CompressionState, params: Params | None = None, *, stage=None, stats=None, **extra):
@@ -47,7 +47,7 @@ def as_optax(compression: Transform) -> optax.GradientTransformationExtraArgs:
         updates = jax.tree.map(lambda u, p, m, s: u if s is m else s - p, updates, params, moved, stepped)
         return updates, CompressionState(inner)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def optimizer(
@@ -65,7 +65,12 @@ def optimizer(
     *descend* the multipliers.
     """
     ascent = optax.chain(duals if duals is not None else optax.sgd(1e-2), optax.scale(-1.0))
-    links = {"weights": weights, "bits": bits or weights, "thresholds": thresholds or weights, "duals": ascent}
+    links: dict[Any, optax.GradientTransformation] = {
+        "weights": weights,
+        "bits": bits or weights,
+        "thresholds": thresholds or weights,
+        "duals": ascent,
+    }
     return optax.chain(optax.partition(links, compression.labels), as_optax(compression))
 
 
@@ -77,7 +82,9 @@ def state_of(opt_state: Any) -> State:
     """The compression's state inside an optax state.  Raises: TransformError unless there is exactly one."""
     found = [n for n in jax.tree.leaves(opt_state, is_leaf=_is_ours) if _is_ours(n)]
     if len(found) != 1:
-        raise TransformError(f"the optimizer state holds {len(found)} compression states, expected 1: is pq.as_optax in the chain?")
+        raise TransformError(
+            f"the optimizer state holds {len(found)} compression states, expected 1: is pq.as_optax in the chain?"
+        )
     return found[0].inner
 
 

@@ -85,8 +85,6 @@ def entering(params: Params, view: View | None) -> View:
     return View(params.model, {}, {}) if view is None else view
 
 
-
-
 def masked(transform: Transform, where: _tree.Where) -> Transform:
     """Apply `transform` only to the parameters that `where` selects: a path, a regular expression, or (path, leaf) -> bool.
 

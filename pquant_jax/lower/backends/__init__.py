@@ -1,0 +1,1 @@
+"""One module per hardware backend; each imports its package when it is used."""

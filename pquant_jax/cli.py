@@ -1,0 +1,216 @@
+"""The command line.  Every command's work is a function of `pquant_jax.run`; here are only words and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from pquant_jax._errors import PQuantError, VerifyError
+
+EXIT: Final = "exit codes: 0 done, 2 a mistake in the input or a missing tool (one line on stderr), 3 two implementations differ, 130 and 143 stopped by SIGINT and SIGTERM"  # noqa: E501
+
+RUN: Final = """
+Train, compress, lower and prove what a configuration describes.
+
+  pquant-jax run configs/jets_hgq.yaml
+  pquant-jax run my.yaml --name trial2 --set training.epochs.train=20 --set pruning=null
+
+Writes runs/<name>/: config.yaml (every default written out), metrics.jsonl (one line per epoch), checkpoints/, final.npz
+(integers and scales), graph.npz, rtl/ (combinational and pipelined Verilog), profiles.npz, summary.json, report.html.
+Own models and data given as 'package.module:function' are looked for in the current directory and in the folder of the
+configuration.  Ctrl-C or SIGTERM ends the epoch, writes a checkpoint and stops; `pquant-jax resume` goes on from there.
+"""
+RESUME: Final = """
+Go on with an interrupted run from its newest checkpoint.  The final parameters are bit for bit those of an uninterrupted
+run.  A finished run is left as it is.
+
+  pquant-jax resume runs/jets_hgq
+"""
+LOWER: Final = """
+Lower a trained run again: graph.npz, rtl/, the proof, the cell count, summary.json and report.html are replaced.
+
+  pquant-jax lower runs/jets_hgq --set hardware.latency_cutoff=3 --set hardware.vhdl=true
+"""
+VERIFY: Final = """
+Compare the JAX forward, the emulator, da4ml's netlist and the written Verilog of a lowered run once more, integer by
+integer, on the test set and on random codes of the whole input port.  Updates summary.json and report.html.
+
+  pquant-jax verify runs/jets_hgq --vectors 100000 --seed 1
+"""
+REPORT: Final = """
+Draw report.html of a finished run again, from the files in its directory.
+
+  pquant-jax report runs/jets_hgq
+"""
+PREDICT: Final = """
+Apply a finished run to new data: an .npz with `x` (n, features...), or `x/NAME` for every input of a model with several.
+Writes an .npz with `prediction` and, for a lowered run, the integers `codes` and `f` (prediction = codes * 2^-f), which the
+emulator has confirmed.
+
+  pquant-jax predict runs/jets_hgq data.npz -o out.npz
+"""
+SCHEMA: Final = """
+Print the JSON schema of a configuration file: every key with its type, default and meaning.
+
+  pquant-jax schema > experiment.schema.json
+"""
+DOCTOR: Final = """
+Say what a run finds on this machine and what it would have to skip.  Exit code 1 if something is missing without which
+nothing works; tools of a single step are only named.
+
+  pquant-jax doctor
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    A PQuantError is one line on stderr; with PQUANT_DEBUG=1 in the environment it is a traceback.  Any other exception
+    is a defect and keeps its traceback.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.command(arguments) or 0)
+    except PQuantError as error:
+        if os.environ.get("PQUANT_DEBUG") == "1":
+            raise
+        print(f"error: {' | '.join(filter(None, map(str.strip, str(error).splitlines())))}", file=sys.stderr)
+        return 3 if isinstance(error, VerifyError) else 2
+    except KeyboardInterrupt as error:
+        hint = getattr(error, "hint", "")
+        print(f"stopped; {hint}" if hint else "stopped", file=sys.stderr)
+        return 128 + int(getattr(error, "signum", signal.SIGINT))
+
+
+def _parser() -> argparse.ArgumentParser:
+    from pquant_jax import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="pquant-jax",
+        description="Compress a JAX model to a hardware budget, as RTL proved bit-identical to what was trained.",
+        epilog=f"`pquant-jax COMMAND --help` says what a command reads and writes.  {EXIT}",
+    )
+    parser.add_argument("--version", action="version", version=f"pquant-jax {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    run = _command(commands, "run", "train, compress, lower and prove a configuration", RUN, _run)
+    run.add_argument("config", metavar="CONFIG", help="YAML file")
+    _add_set(run, "another value of one key, e.g. training.epochs.train=20 (repeatable)")
+    run.add_argument("--name", help="of the run directory; default the configuration's")
+    run.add_argument("--root", default="runs", help="where run directories are (default %(default)s)")
+    run.add_argument("--overwrite", action="store_true", help="replace a run of this name")
+    _add_quiet(run)
+    resume = _command(commands, "resume", "go on with an interrupted run", RESUME, _resume)
+    lower = _command(commands, "lower", "netlist, proof and cell count of a trained run again", LOWER, _lower)
+    verify = _command(commands, "verify", "prove a lowered run again", VERIFY, _verify)
+    report = _command(commands, "report", "draw the report of a run again", REPORT, _report)
+    predict = _command(commands, "predict", "apply a finished run to new data", PREDICT, _predict)
+    for command in (resume, lower, verify, report, predict):
+        command.add_argument("run", metavar="RUN", help="run directory, e.g. runs/jets_hgq")
+    for command in (resume, lower, verify):
+        _add_quiet(command)
+    _add_set(lower, "another value of a key of hardware (repeatable)")
+    verify.add_argument("--vectors", type=_positive, help="inputs to compare; default the run's")
+    verify.add_argument("--seed", type=int, help="of the random ones; default the run's")
+    predict.add_argument("data", metavar="DATA.npz", help="input data")
+    predict.add_argument("-o", "--out", metavar="OUT.npz", help="default RUN/predictions.npz")
+    predict.add_argument("--raw", action="store_true", help="x is not standardised yet: apply the run's (x - mean) / std first")
+    _command(commands, "schema", "print the JSON schema of a configuration", SCHEMA, _schema)
+    _command(commands, "doctor", "what is installed and what is missing", DOCTOR, _doctor)
+    return parser
+
+
+def _command(commands: Any, name: str, line: str, text: str, function: Callable[[Any], Any]) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name,
+        help=line,
+        description=textwrap.dedent(text),
+        epilog="\n".join(textwrap.wrap(EXIT, 100)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(command=function)
+    return command
+
+
+def _add_set(command: argparse.ArgumentParser, text: str) -> None:
+    command.add_argument("--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[], help=text)
+
+
+def _add_quiet(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
+    return int(text)
+
+
+def _run(arguments: Any) -> None:
+    from pquant_jax import config
+    from pquant_jax.run import run
+
+    named = [] if arguments.name is None else [f"name={json.dumps(arguments.name)}"]
+    experiment = config.load(arguments.config, [*arguments.overrides, *named])
+    run(experiment, root=arguments.root, overwrite=arguments.overwrite, quiet=arguments.quiet)
+
+
+def _resume(arguments: Any) -> None:
+    from pquant_jax.run import resume
+
+    resume(arguments.run, quiet=arguments.quiet)
+
+
+def _lower(arguments: Any) -> None:
+    from pquant_jax.run import lower
+
+    lower(arguments.run, arguments.overrides, quiet=arguments.quiet)
+
+
+def _verify(arguments: Any) -> None:
+    from pquant_jax.run import verify
+
+    verify(arguments.run, vectors=arguments.vectors, seed=arguments.seed, quiet=arguments.quiet)
+
+
+def _report(arguments: Any) -> None:
+    from pquant_jax.run import write_report
+
+    print(write_report(arguments.run))
+
+
+def _predict(arguments: Any) -> None:
+    from pquant_jax.run import predict
+
+    arrays = predict(arguments.run, arguments.data, arguments.out, raw=arguments.raw)
+    proof = "integers confirmed by the emulator" if "codes" in arrays else "not lowered, so no integers"
+    rows = len(next(iter(arrays.values())))
+    print(f"{rows:,} predictions in {arguments.out or os.path.join(arguments.run, 'predictions.npz')} ({proof})")
+
+
+def _schema(arguments: Any) -> None:
+    from pquant_jax import config
+
+    del arguments
+    print(json.dumps(config.json_schema(), indent=1))
+
+
+def _doctor(arguments: Any) -> int:
+    from pquant_jax.run import checks
+
+    del arguments
+    rows = [("name", "found", "needed for", "how to install")]
+    made = checks()
+    rows += [(c.name, c.found or "MISSING", c.purpose, "" if c.found else c.fix) for c in made]
+    widths = [max(len(row[n]) for row in rows) for n in range(4)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    missing = [c for c in made if not c.found]
+    for check in missing:
+        print(f"without {check.name}: {f'the step {check.step!r} is skipped' if check.step else 'nothing works'}")
+    return int(any(not c.step for c in missing))

@@ -1,0 +1,41 @@
+"""An experiment as a YAML file: strict models, the only parser, and the values that the sections stand for."""
+
+from pquant_jax.config._build import (
+    compression,
+    dataset,
+    format_of,
+    input_spec,
+    loss,
+    metric,
+    model,
+    optimizer,
+    plan,
+    rate,
+    weights_optimizer,
+)
+from pquant_jax.config._load import dump, load, parse, read_yaml
+from pquant_jax.config._names import find_file, importing, named
+from pquant_jax.config._schema import Experiment, json_schema
+
+__all__ = [
+    "Experiment",
+    "compression",
+    "dataset",
+    "dump",
+    "find_file",
+    "format_of",
+    "importing",
+    "input_spec",
+    "json_schema",
+    "load",
+    "loss",
+    "metric",
+    "model",
+    "named",
+    "optimizer",
+    "parse",
+    "plan",
+    "rate",
+    "read_yaml",
+    "weights_optimizer",
+]

@@ -1,0 +1,363 @@
+"""What a configuration may hold: one pydantic model per section, data only.
+
+Numbers may be written as `1e-5`, which YAML 1.1 reads as a text.  The text below a field is its description in the JSON
+schema (`pquant-jax schema`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from pquant_jax.quantize import Format
+
+ROUNDINGS = Literal["TRN", "RND", "RND_CONV", "TRN_ZERO", "RND_ZERO", "RND_MIN_INF", "RND_INF"]
+OVERFLOWS = Literal["SAT", "SAT_SYM", "WRAP", "WRAP_SM"]
+TRAINED_OVERFLOWS = ("SAT", "SAT_SYM", "WRAP")
+
+FORMATS: Final[Mapping[str, Mapping[str, Format]]] = {
+    "hgq": {
+        "weights": Format(i=2, f=6, k=1, overflow="SAT_SYM"),
+        "activations": Format(i=2, f=6, overflow="WRAP"),
+    },
+    "fixed": {"weights": Format(i=0, f=7, k=1), "activations": Format(i=2, f=5)},
+}
+"""What `weights` and `activations` of a quantizer are where the configuration leaves a field out."""
+
+
+def _number(value: Any) -> Any:
+    """A number that YAML 1.1 took for a text, such as 1e-5; a bool is none."""
+    if isinstance(value, bool):
+        raise ValueError("a number")
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            raise ValueError("a number") from None
+    return value
+
+
+def _whole(value: Any) -> Any:
+    try:
+        number = _number(value)
+    except ValueError:
+        raise ValueError("a whole number") from None
+    if not isinstance(number, (int, float)) or number != number or number in (float("inf"), -float("inf")) or number % 1:
+        raise ValueError("a whole number")
+    return int(number)
+
+
+def _pattern(value: Any) -> Any:
+    try:
+        re.compile(value)
+    except (re.error, TypeError):
+        raise ValueError("a path such as 'Dense_0/kernel' or a regular expression") from None
+    return value
+
+
+def _short(expand: Callable[[Any], Any], also: Any) -> BeforeValidator:
+    """Accept the short form of a section; `also` is its type, for the JSON schema."""
+    return BeforeValidator(lambda v: v if isinstance(v, (dict, BaseModel)) else expand(v), json_schema_input_type=also)
+
+
+def _section(key: str) -> Callable[[Any], Any]:
+    return lambda value: {key: value}
+
+
+def _only_training(epochs: Any) -> Any:
+    return {"pretrain": 0, "train": epochs, "finetune": 0}
+
+
+SHORT: Final[Mapping[str, Callable[[Any], Any]]] = {
+    "model": _section("build"),
+    "data": _section("source"),
+    "training.epochs": _only_training,
+    "training.learning_rate": _section("start"),
+    "training.bits_learning_rate": _section("start"),
+    "training.threshold_learning_rate": _section("start"),
+}
+"""The sections that may be written as one value, and what it stands for."""
+
+Float = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_number)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_number)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(_number)]
+Count = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
+AtLeastOne = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
+Sign = Annotated[int, Field(ge=0, le=1), BeforeValidator(_whole)]
+Where = Annotated[str, BeforeValidator(_pattern)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Model(_Section):
+    """What is trained.  Short form: the name alone."""
+
+    build: str = "mlp"
+    """A name of `pquant_jax.zoo`, or 'package.module:function', found beside the configuration, in the current directory or
+    installed.  It returns a linen, nnx or equinox module or a `pq.Model`."""
+    args: dict[str, Any] = {}
+    """Its keyword arguments.  `outputs`, `seed` and `x` (one batch of zeros) are filled in where it takes them and they are
+    left out."""
+
+
+class Data(_Section):
+    """What it is trained on.  Short form: the source alone."""
+
+    source: str = "jets"
+    """'jets', 'openml:jets', a path that ends in .npz, or 'package.module:function', which returns a
+    `pquant_jax.data.Dataset` or a dict of arrays."""
+    n: AtLeastOne | None = None
+    """Only the first n samples, taken from the three splits in proportion."""
+    standardise: bool = False
+    """x <- (x - mean) / std per column, for files and functions; the jets always are."""
+
+
+class Input(_Section):
+    """The input port, fixed<k+i+f, k+i>; data are rounded and saturated to it before they enter."""
+
+    k: Sign = 1
+    """Sign bit, 0 or 1."""
+    i: Annotated[int, Field(ge=-16, le=16), BeforeValidator(_whole)] = 5
+    """Integer bits without the sign."""
+    f: Annotated[int, Field(ge=-16, le=24), BeforeValidator(_whole)] = 10
+    """Fractional bits."""
+
+    @model_validator(mode="after")
+    def _has_bits(self) -> Self:
+        if self.k + self.i + self.f <= 0:
+            raise ValueError(f"a port with bits: k + i + f > 0, got {self.k + self.i + self.f}")
+        return self
+
+
+class Epochs(_Section):
+    """How long each stage is.  Short form: one number, which trains without pre-training and fine-tuning."""
+
+    pretrain: Count = 10
+    """Epochs of dense training with the starting formats."""
+    train: Count = 100
+    """Epochs per round that prune and that train bit-widths."""
+    finetune: Count = 20
+    """Epochs with masks (and bit-widths, unless quantization.freeze is false) held still."""
+
+
+class Rate(_Section):
+    """A learning rate over all optimizer steps of all stages.  Short form: one number, a constant rate."""
+
+    start: Positive
+    """The first step's."""
+    end: NotNegative | None = None
+    """The last step's, for cosine and linear; 0 if left out."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+
+    @model_validator(mode="after")
+    def _end_is_used(self) -> Self:
+        if self.end is not None and self.schedule == "constant":
+            raise ValueError("no 'end' with schedule 'constant': write schedule: cosine or linear")
+        return self
+
+
+Schedule = Annotated[Rate, _short(_section("start"), Rate | float)]
+OwnSchedule = Annotated[Rate | None, _short(lambda v: v if v is None else {"start": v}, Rate | float | None)]
+
+
+class Training(_Section):
+    """The plan: pretrain -> rounds x train -> finetune, and how a step is made."""
+
+    epochs: Annotated[Epochs, _short(_only_training, Epochs | int)] = Epochs()
+    rounds: AtLeastOne = 1
+    """How often the training stage is repeated."""
+    rewind: Literal["never", "every-round", "post-training-stage"] = "never"
+    """When the kernels go back to what they were before epoch save_epoch of the first round."""
+    save_epoch: Count = 0
+    batch_size: AtLeastOne = 1024
+    shuffle: bool = True
+    """A new order of the samples every epoch."""
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    learning_rate: Schedule = Rate(start=1e-3)
+    bits_learning_rate: OwnSchedule = None
+    """Of the trained bit-widths; null: as the weights'."""
+    threshold_learning_rate: OwnSchedule = None
+    """Of the pruning thresholds; null: as the weights'."""
+    weight_decay: NotNegative = 0.0
+    """Decoupled, of the weights only; for adamw."""
+    init: str | None = None
+    """Start from trained parameters: an .npz with one array per parameter path, or a run's final.npz or float.npz."""
+    checkpoint_every: Count = 0
+    """Epochs between checkpoints; 0: one per stage, and one when the run is interrupted."""
+    float_baseline: bool = True
+    """Also train the uncompressed model, for as many epochs as all stages together, to compare with."""
+
+    @model_validator(mode="after")
+    def _decay_is_used(self) -> Self:
+        if self.weight_decay and self.optimizer != "adamw":
+            raise ValueError(f"weight_decay 0 with optimizer {self.optimizer!r}, or optimizer 'adamw'")
+        return self
+
+
+class DST(_Section):
+    """Dynamic sparse training: thresholds learned with the weights."""
+
+    method: Literal["dst"] = "dst"
+    alpha: NotNegative = 5e-6
+    """Weight of sum(exp(-T)) in the loss; larger prunes more."""
+    threshold_init: Float = 0.0
+    """Starting threshold, in units of the weights."""
+    max_sparsity: Fraction = 0.99
+    """A layer that reaches it gets its thresholds reset."""
+    granularity: Literal["weight", "channel", "layer"] = "weight"
+    """One threshold per weight, output channel or layer."""
+    where: Where | None = None
+    """Only the kernels at this path or regular expression."""
+
+
+class PDP(_Section):
+    """Parameter-free differentiable pruning to a given sparsity."""
+
+    method: Literal["pdp"] = "pdp"
+    sparsity: Fraction = 0.8
+    """Final zeros / total of every kernel."""
+    epsilon: Positive = 0.015
+    """Ramp: fraction of the target added per epoch."""
+    temperature: Positive = 1e-5
+    """Softness of the mask, in units of squared weights."""
+    where: Where | None = None
+    """Only the kernels at this path or regular expression."""
+
+
+def _nothing_required(schema: dict[str, Any]) -> None:
+    schema.pop("required", None)
+
+
+class Bits(_Section):
+    """How one kind of site is quantized; what is left out comes from the method's default."""
+
+    model_config = ConfigDict(json_schema_extra=_nothing_required)
+
+    i: Float
+    """Integer bits without the sign."""
+    f: Float
+    """Fractional bits."""
+    k: Sign | None
+    """Sign bit; null: where the value can be negative."""
+    rounding: ROUNDINGS
+    overflow: OVERFLOWS
+    granularity: Literal["element", "channel", "tensor"]
+    """One format per element, output channel or tensor."""
+
+
+class Rule(_Section):
+    """Another format for the sites it matches; what is left out comes from the section `weights` or `activations`."""
+
+    where: Where
+    """Name of a site, such as 'Dense_0/kernel' or 'Dense_3/input', or a regular expression."""
+    i: Float | None = None
+    f: Float | None = None
+    k: Sign | None = None
+    rounding: ROUNDINGS | None = None
+    overflow: OVERFLOWS | None = None
+    granularity: Literal["element", "channel", "tensor"] | None = None
+
+
+def _completed(method: str, kind: str) -> BeforeValidator:
+    """Fill in what `weights` or `activations` leave out from the method's default."""
+    base = vars(FORMATS[method][kind])
+    return BeforeValidator(lambda v: {**base, **v} if isinstance(v, dict) else v, json_schema_input_type=Bits)
+
+
+def _default(method: str, kind: str) -> Bits:
+    return Bits(**vars(FORMATS[method][kind]))
+
+
+class HGQ(_Section):
+    """Bit-widths trained by gradient, per element, under the pressure of beta x EBOPs."""
+
+    method: Literal["hgq"] = "hgq"
+    beta: NotNegative = 1e-5
+    """Penalty per EBOP at the start of the training stage."""
+    beta_end: NotNegative | None = None
+    """Penalty per EBOP at its end, reached geometrically; null: as beta."""
+    gamma: NotNegative | None = None
+    """Penalty per raw bit; null: none."""
+    decay: NotNegative = 0.01
+    """Bits per step that a tracked range may shrink (overflow WRAP)."""
+    freeze: bool = True
+    """Hold bit-widths still in fine-tuning."""
+    weights: Annotated[Bits, _completed("hgq", "weights")] = _default("hgq", "weights")
+    """Starting format of kernels, biases and fused scales."""
+    activations: Annotated[Bits, _completed("hgq", "activations")] = _default("hgq", "activations")
+    """Starting format of what enters a layer."""
+    rules: list[Rule] = []
+    """Exceptions, the first match wins."""
+
+    @model_validator(mode="after")
+    def _trainable(self) -> Self:
+        for name, bits in (("weights", self.weights), ("activations", self.activations), *((r.where, r) for r in self.rules)):
+            if bits.overflow == "WRAP_SM":
+                raise ValueError(f"overflow {' or '.join(TRAINED_OVERFLOWS)} for {name}: WRAP_SM has no trained range")
+        return self
+
+
+class Fixed(_Section):
+    """The same formats throughout, as ap_fixed."""
+
+    method: Literal["fixed"] = "fixed"
+    weights: Annotated[Bits, _completed("fixed", "weights")] = _default("fixed", "weights")
+    """Format of kernels, biases and fused scales."""
+    activations: Annotated[Bits, _completed("fixed", "activations")] = _default("fixed", "activations")
+    """Format of what enters a layer."""
+    rules: list[Rule] = []
+    """Exceptions, the first match wins."""
+
+
+class Hardware(_Section):
+    """What is made of the trained model.  Needs a quantizer."""
+
+    lower: bool = True
+    """Turn the model into a netlist and Verilog."""
+    latency_cutoff: Positive = 5.0
+    """Adder delays between two registers of the pipelined netlist."""
+    vhdl: bool = False
+    """Write VHDL beside the Verilog."""
+    simulate: bool = True
+    """Run the Verilog on every test vector and compare integers."""
+    synthesize: bool = True
+    """Count LUTs, flip-flops and DSPs of the pipelined netlist."""
+    vectors: AtLeastOne = 10_000
+    """How many inputs are compared: the test set and random codes of the whole port."""
+
+
+class Experiment(_Section):
+    """One experiment.  Everything has a default; what the run used in the end is in its config.yaml."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Of the run directory: letters, digits, '.', '_', '-'.  Default: the file's name."""
+    seed: Annotated[int, Field(ge=0, lt=2**31), BeforeValidator(_whole)] = 0
+    """Of initial parameters, shuffling, dropout and random test vectors."""
+    folders: list[str] = []
+    """Where own modules and files are looked for besides the current directory; the configuration's folder is added."""
+    model: Annotated[Model, _short(_section("build"), Model | str)] = Model()
+    data: Annotated[Data, _short(_section("source"), Data | str)] = Data()
+    task: Literal["classification", "regression"] = "classification"
+    loss: str | None = None
+    """cross_entropy, squared_error, absolute_error, or 'package.module:function' of (prediction, target) -> one value per
+    sample.  Default: cross_entropy, or squared_error for regression."""
+    metric: str | None = None
+    """accuracy, mse, mae, or 'package.module:name' of a `pq.Metric`.  Default: accuracy, or mse for regression."""
+    input: Input = Input()
+    training: Training = Training()
+    pruning: Annotated[DST | PDP, Field(discriminator="method")] | None = None
+    quantization: Annotated[HGQ | Fixed, Field(discriminator="method")] | None = None
+    order: Literal["prune_then_quantize", "quantize_then_prune"] = "prune_then_quantize"
+    """Which of the two sees the other's result."""
+    hardware: Hardware = Hardware()
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a configuration file, for editors that complete and check YAML."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Experiment.model_json_schema(mode="validation")}

@@ -1,0 +1,9 @@
+"""An experiment from its configuration to a proved netlist: run directories, and everything that is done in one."""
+
+from pquant_jax.run._doctor import Check, checks, skips
+from pquant_jax.run._predict import predict
+from pquant_jax.run._report import write_report
+from pquant_jax.run._run import lower, resume, run, verify
+from pquant_jax.run._signals import Stopped
+
+__all__ = ["Check", "Stopped", "checks", "lower", "predict", "resume", "run", "skips", "verify", "write_report"]
