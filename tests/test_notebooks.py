@@ -34,7 +34,12 @@ def test_notebook_runs(path, tmp_path):
         nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     texts = [out["text"] for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs if "text" in out]
     assert any("1 trace for three stages" in text for text in texts)
-    shown = [str(out.get("data", {}).get("text/plain", "")) for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs]
+    shown = [
+        str(out.get("data", {}).get("text/plain", ""))
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for out in cell.outputs
+    ]
     proof = ast.literal_eval(next(text for text in shown if "mismatches" in text))
     assert proof["mismatches"]["emulator"] == proof["mismatches"]["da4ml"] == 0
     assert proof["vectors"] >= 12_000

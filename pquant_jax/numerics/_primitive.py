@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -47,6 +48,7 @@ def quantize(x: jax.Array, fmt: KIF, *, wrap: bool = True) -> jax.Array:
     x = jnp.asarray(x)
     k, i, f = (jnp.asarray(v, x.dtype) for v in (fmt.k, fmt.i, fmt.f))
     _fixed.check_modes(fmt.rounding, fmt.overflow)
+    _check_shapes(x, k, i, f)
     return _quantize_vjp(fmt.rounding, fmt.overflow, wrap)(x, k, i, f)
 
 
@@ -116,9 +118,18 @@ def _mask_vjp(x, m):
 _mask_vjp.defvjp(lambda x, m: (_mask_vjp(x, m), (x, m)), lambda res, u: (u * res[1], u * res[0]))
 
 
-def _quantize_abstract(x, k, i, f, **_):
-    if jnp.broadcast_shapes(x.shape, k.shape, i.shape, f.shape) != x.shape:
+def _check_shapes(x, k, i, f) -> None:
+    shapes = (x.shape, k.shape, i.shape, f.shape)
+    try:
+        fits = np.broadcast_shapes(*shapes) == x.shape
+    except ValueError:
+        fits = False
+    if not fits:
         raise TypeError(f"k {k.shape}, i {i.shape}, f {f.shape} must broadcast to x {x.shape}")
+
+
+def _quantize_abstract(x, k, i, f, **_):
+    _check_shapes(x, k, i, f)
     return ShapedArray(x.shape, x.dtype)
 
 

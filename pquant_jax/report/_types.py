@@ -97,4 +97,5 @@ def _profile(fields: dict[str, Any]) -> Profile:
     missing = [name for name, value in fields.items() if value is None and name != "values"]
     if missing:
         raise ValueError(f"a profile lacks {', '.join(missing)}")
-    return Profile(**fields | {"name": str(fields["name"]), "kind": str(fields["kind"])})
+    fields.update(name=str(fields["name"]), kind=str(fields["kind"]))
+    return Profile(**fields)
