@@ -82,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {' | '.join(filter(None, map(str.strip, str(error).splitlines())))}", file=sys.stderr)
         return 3 if isinstance(error, VerifyError) else 2
+    except BrokenPipeError:  # `pquant-jax schema | head`: nobody reads on, and the interpreter must not flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt as error:
         hint = getattr(error, "hint", "")
         print(f"stopped; {hint}" if hint else "stopped", file=sys.stderr)

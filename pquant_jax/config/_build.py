@@ -16,7 +16,7 @@ from pquant_jax._base import InputSpec, SiteSpec, Transform
 from pquant_jax._errors import ConfigError, DataError, did_you_mean
 from pquant_jax.config._names import named
 from pquant_jax.config._schema import DST, HGQ, PDP, Bits, Experiment, Fixed, Rate, Rule
-from pquant_jax.graph import Instrumented, Model, as_model, from_linen
+from pquant_jax.graph import Instrumented, Model, as_model, from_linen, instrument
 
 LOSSES: Final[Mapping[str, Callable]] = {
     "cross_entropy": train.cross_entropy,
@@ -197,6 +197,11 @@ def model(experiment: Experiment, x: Any, outputs: int | None, *, trained: bool 
         raise ConfigError(f"model {experiment.model.build!r} does not take an input of shape {shapes}: {line}") from error
     path = experiment.training.init
     return made if path is None or not trained else _initialised(made, path)
+
+
+def instrumented(experiment: Experiment, made: Model, x: Any) -> Instrumented:
+    """`pq.instrument` of the model, with the configured input port and `model.split`.  x: a sample batch."""
+    return instrument(made, x, inputs=input_spec(experiment), split=experiment.model.split)
 
 
 def _builder(name: str) -> Callable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     if raw is not None and not isinstance(raw, dict):
         raise ConfigError(f"{path} holds {_shown(raw)}, expected 'key: value' lines; `pquant-jax schema` lists the keys")
     raw = dict(raw or {})
-    raw.setdefault("name", path.stem)
+    raw.setdefault("name", re.sub(r"[^A-Za-z0-9._-]", "_", path.stem).lstrip("._-") or "run")
     experiment = parse(raw, overrides)
     here = str(path.absolute().parent)
     folders = [str(path.absolute().parent / f) for f in experiment.folders]

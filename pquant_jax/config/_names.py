@@ -72,5 +72,5 @@ def find_file(name: str, folders: Sequence[str]) -> Path:
 
     A file that is nowhere is given as in the current directory: whoever reads it says that it is missing.
     """
-    places = [Path.cwd(), *map(Path, folders)]
-    return next((p / name for p in places if (p / name).exists()), Path.cwd() / name).absolute()
+    given, places = Path(name).expanduser(), [Path.cwd(), *map(Path, folders)]
+    return next((p / given for p in places if (p / given).exists()), Path.cwd() / given).absolute()

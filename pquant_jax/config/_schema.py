@@ -104,6 +104,8 @@ class Model(_Section):
     args: dict[str, Any] = {}
     """Its keyword arguments.  `outputs`, `seed` and `x` (one batch of zeros) are filled in where it takes them and they are
     left out."""
+    split: list[Where] = []
+    """A value that several layers read has one quantize site; where a rule matches the site's name each use gets its own."""
 
 
 class Data(_Section):

@@ -46,6 +46,7 @@ def quantize(x: jax.Array, fmt: KIF, *, wrap: bool = True) -> jax.Array:
     [-4.0, 0.0, 0.5, 3.75]
     """
     x = jnp.asarray(x)
+    x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
     k, i, f = (jnp.asarray(v, x.dtype) for v in (fmt.k, fmt.i, fmt.f))
     _fixed.check_modes(fmt.rounding, fmt.overflow)
     _check_shapes(x, k, i, f)

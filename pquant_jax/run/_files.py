@@ -38,10 +38,13 @@ def new_folder(root: str | Path, name: str, *, overwrite: bool) -> Path:
 
 def create(folder: Path, experiment: config.Experiment) -> None:
     """Make an empty run directory that holds the resolved configuration; an old one of this name goes."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    write_text(folder / "config.yaml", config.dump(experiment))
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        write_text(folder / "config.yaml", config.dump(experiment))
+    except OSError as error:
+        raise ConfigError(f"{folder} can't be written: {error.strerror}; choose another --root") from error
 
 
 def open_run(folder: str | Path, *needed: str) -> tuple[Path, config.Experiment]:

@@ -73,6 +73,10 @@ def progress(log: Log, name: str, total: int, metric: str) -> Iterator[Callable[
         yield _lines(log, name, total, text)
 
 
+def _label(name: str, record: dict[str, Any]) -> str:
+    return name if name == "float" else f"{name} {record['stage']}"  # the float model has one stage
+
+
 def _lines(log: Log, name: str, total: int, text: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], None]:
     last: dict[str, Any] = {"time": 0.0, "stage": None}
 
@@ -81,7 +85,7 @@ def _lines(log: Log, name: str, total: int, text: Callable[[dict[str, Any]], str
         due = time.monotonic() - last["time"] >= PLAIN_INTERVAL
         if due or record["stage"] != last["stage"] or record["epoch"] + 1 == total:
             last.update(time=time.monotonic(), stage=record["stage"])
-            log.console.print(f"  {name} {record['stage']:<8} {record['epoch'] + 1:>5}/{total}  {line}")
+            log.console.print(f"  {_label(name, record):<14} {record['epoch'] + 1:>5}/{total}  {line}")
 
     return show
 
@@ -98,10 +102,9 @@ def _bar(log: Log, name: str, total: int) -> Iterator[Callable[[dict[str, Any], 
         TextColumn("{task.fields[figures]}"),
     )
     with Progress(*columns, console=log.console, transient=True) as bar:
-        task = bar.add_task(f"{name:<18}", total=total, figures="compiling")
+        task = bar.add_task(f"{name:<14}", total=total, figures="compiling")
 
         def show(record: dict[str, Any], figures: str) -> None:
-            stage = f"{name} {record['stage']}"
-            bar.update(task, completed=record["epoch"] + 1, description=f"{stage:<18}", figures=figures)
+            bar.update(task, completed=record["epoch"] + 1, description=f"{_label(name, record):<14}", figures=figures)
 
         yield show

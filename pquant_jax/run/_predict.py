@@ -13,7 +13,6 @@ from pquant_jax import _tree, config, train
 from pquant_jax._base import Tree
 from pquant_jax._errors import DataError, VerifyError, did_you_mean
 from pquant_jax.data._files import read_npz
-from pquant_jax.graph import instrument
 from pquant_jax.run._figures import outputs
 from pquant_jax.run._files import open_run, read_json, write_npz
 
@@ -34,15 +33,18 @@ def predict(folder: str | Path, data: str | Path, out: str | Path | None = None,
     with config.importing(experiment.folders):
         sample = jax.tree.map(lambda v: np.zeros((2, *v.shape[1:]), np.float32), x)
         model = config.model(experiment, sample, known["outputs"], trained=False)
-        inst = instrument(model, sample, inputs=config.input_spec(experiment))
+        inst = config.instrumented(experiment, model, sample)
         view, model_state = train.load_final(folder / "final.npz", inst)
         predicted = outputs(inst, view, model_state, x)
     arrays = {f"prediction/{path}".rstrip("/"): v for path, v in _tree.flatten(predicted).items()}
     if (folder / "graph.npz").is_file():
         arrays |= _codes(folder, inst, x, predicted)
     target = folder / "predictions.npz" if out is None else Path(out)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_npz(target, arrays)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_npz(target, arrays)
+    except OSError as error:
+        raise DataError(f"{target} can't be written: {error.strerror}; choose another file with -o") from error
     return arrays
 
 

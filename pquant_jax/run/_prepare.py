@@ -14,7 +14,7 @@ from pquant_jax import _tree, config, train
 from pquant_jax._base import Transform, Tree, View
 from pquant_jax._errors import ConfigError, DataError
 from pquant_jax.data import Dataset
-from pquant_jax.graph import Instrumented, instrument
+from pquant_jax.graph import Instrumented
 from pquant_jax.run._files import read_json
 
 
@@ -36,12 +36,20 @@ class Prepared(NamedTuple):
 
 
 def prepare_data(experiment: config.Experiment) -> Dataset:
-    """The checked data set, with a training split that fills at least one batch."""
-    dataset = config.dataset(experiment)
+    """The checked data set, with a training split that fills at least one batch and a name for every class."""
+    dataset = _with_classes(config.dataset(experiment), experiment.task)
     samples, batch = size(dataset.train), experiment.training.batch_size
     if samples < batch:
         raise DataError(f"training.batch_size is {batch}, but there are {samples} training samples; choose a smaller batch")
     return dataset
+
+
+def _with_classes(dataset: Dataset, task: str) -> Dataset:
+    """Classes named by their number where a user's function gives labels alone."""
+    labels = [leaf for split in (dataset.train, dataset.val, dataset.test) for leaf in jax.tree.leaves(split.y)]
+    if task != "classification" or dataset.classes or len(labels) != 3:
+        return dataset
+    return dataset._replace(classes=tuple(map(str, range(1 + max(int(y.max()) for y in labels)))))
 
 
 def prepare(experiment: config.Experiment, dataset: Dataset) -> Prepared:
@@ -52,7 +60,7 @@ def prepare(experiment: config.Experiment, dataset: Dataset) -> Prepared:
     plan, loss, metric = config.plan(experiment), config.loss(experiment), config.metric(experiment)
     x = batch_of(dataset.train.x, 2)
     made = config.model(experiment, jax.tree.map(np.zeros_like, x), targets(dataset))
-    inst = instrument(made, x, inputs=config.input_spec(experiment))
+    inst = config.instrumented(experiment, made, x)
     _check_outputs(experiment, dataset, inst, loss, metric)
     compression = config.compression(experiment, inst)
     if experiment.hardware.lower and experiment.quantization is not None and compression is not None:

@@ -251,6 +251,8 @@ def verify(folder: str | Path, *, vectors: int | None = None, seed: int | None =
         prepared, view, model_state = _restored(folder, experiment, log)
         summary, graph = read_json(folder / "summary.json"), ir.load(folder / "graph.npz")
         summary["seeds"]["vectors"] = other.seed
+        kept = {k: v for k, v in summary["skipped"].items() if k not in ("simulation", "verify")}
+        summary["skipped"] = kept | {k: v for k, v in skips(experiment).items() if k == "simulation"}
         comb = da4ml.to_comb(graph)
         prove(prepared._replace(experiment=other), graph, view, model_state, comb, read_infos(folder), log, summary)
         _finish(folder, summary, log)

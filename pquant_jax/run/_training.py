@@ -54,7 +54,7 @@ def _fit(prepared: Prepared, folder: Path, log: Log, name: str, *, resume: bool,
             **arguments,
         )
         signum = requested()
-    if signum is not None and len(result.history) < prepared.epochs:
+    if signum is not None:
         raise Stopped(signum)
     return result
 

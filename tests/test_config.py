@@ -1,0 +1,630 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+import yaml
+from pydantic import BaseModel
+
+import pquant_jax as pq
+from pquant_jax import _tree, config
+from pquant_jax.config._load import _sections, _tag
+from pquant_jax.run import _hardware, _training, skips
+from pquant_jax.run._files import new_folder
+from pquant_jax.run._log import make_log
+from pquant_jax.run._prepare import prepare, prepare_data
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+SMALL = {
+    "name": "small",
+    "model": {"build": "mlp", "args": {"hidden": [3]}},
+    "data": {"source": "jets", "n": 500},
+    "training": {"epochs": {"pretrain": 1, "train": 2, "finetune": 1}, "batch_size": 64},
+    "pruning": {"method": "dst"},
+    "quantization": {"method": "hgq"},
+}
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def test_numbers_that_yaml_reads_as_texts(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "training: {learning_rate: 1e-5, batch_size: 1e2}\nquantization: {method: hgq, beta: 2E-6, weights: {f: 7e0}}\n"
+    )
+    assert yaml.safe_load(path.read_text())["training"]["learning_rate"] == "1e-5", "the trap is gone: simplify the loader"
+    read = config.load(path)
+    assert read.training.learning_rate.start == 1e-5 and read.training.batch_size == 100
+    assert read.quantization.beta == 2e-6 and read.quantization.weights.f == 7.0
+
+
+def test_short_forms_mean_their_sections():
+    short = config.parse({"model": "mlp", "data": "x.npz", "training": {"epochs": 4, "learning_rate": 0.1}})
+    long = config.parse(
+        {
+            "model": {"build": "mlp"},
+            "data": {"source": "x.npz"},
+            "training": {"epochs": {"pretrain": 0, "train": 4, "finetune": 0}, "learning_rate": {"start": 0.1}},
+        }
+    )
+    assert short == long
+    assert config.parse({}, ["training.epochs=4"]).training.epochs == long.training.epochs
+    assert config.parse({"model": "mlp"}, ["model.args.hidden=[8]"]).model.args == {"hidden": [8]}
+
+
+def test_formats_that_are_left_out_come_from_the_method():
+    hgq, fixed = (config.parse({"quantization": {"method": m, "weights": {"f": 3}}}).quantization for m in ("hgq", "fixed"))
+    assert config.format_of(hgq.weights) == pq.quantize.Format(i=2, f=3, k=1, overflow="SAT_SYM")
+    assert config.format_of(hgq.activations) == pq.quantize.Format(i=2, f=6, overflow="WRAP")
+    assert config.format_of(fixed.weights) == pq.quantize.Format(i=0, f=3, k=1)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_configurations_load_and_survive_a_round_trip(path, tmp_path):
+    read = config.load(path)
+    assert read.name == path.stem
+    copy = tmp_path / "config.yaml"
+    copy.write_text(config.dump(read))
+    assert config.parse(yaml.safe_load(copy.read_text())) == read
+
+
+def test_there_are_shipped_configurations():
+    assert {p.stem for p in CONFIGS} >= {"jets_hgq", "jets_prune", "jets_fixed8"}
+
+
+def test_loss_and_metric_are_written_out():
+    assert (config.parse({}).loss, config.parse({}).metric) == ("cross_entropy", "accuracy")
+    regression = config.parse({"task": "regression"})
+    assert (regression.loss, regression.metric) == ("squared_error", "mse")
+
+
+def test_overrides_apply_in_order_and_make_missing_sections():
+    read = config.parse({"pruning": None}, ["pruning.method=pdp", "pruning.sparsity=0.5", "pruning.sparsity=0.25"])
+    assert read.pruning.method == "pdp" and read.pruning.sparsity == 0.25
+    assert config.parse(SMALL, ["pruning=null"]).pruning is None
+    rules = {"quantization": {"method": "fixed", "rules": [{"where": "a", "f": 1}, {"where": "b", "f": 2}]}}
+    changed = config.parse(rules, ["quantization.rules.1.f=5"]).quantization.rules
+    assert [r.f for r in changed] == [1, 5]
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+MISTAKES: list[tuple[Any, list[str], str]] = [
+    ({"trainig": 1}, [], "unknown key 'trainig'; did you mean 'training'"),
+    ({"training": {"epochs": {"pretrian": 1}}}, [], "unknown key 'training.epochs.pretrian'; did you mean 'pretrain'"),
+    ({"learning_rate": 1}, [], "unknown key 'learning_rate'; did you mean 'training.learning_rate'?"),
+    ({"quantization": {"method": "hgq", "weights": {"bitz": 1}}}, [], "unknown key 'quantization.weights.bitz'; known: f,"),
+    ({"quantization": {"method": "hgq", "rules": [{"where": "a", "g": 1}]}}, [], "unknown key 'quantization.rules.0.g'"),
+    ({"quantization": {"method": "fixed", "beta": 1}}, [], "'quantization.beta'; it belongs to method 'hgq', this is 'fixed'"),
+    ({"pruning": {"method": "dts"}}, [], "pruning.method: received 'dts', expected 'dst' or 'pdp'"),
+    ({"pruning": {"alpha": 1}}, [], "pruning.method is missing, expected 'dst' or 'pdp'"),
+    ({"training": {"batch_size": "many"}}, [], "training.batch_size: received 'many' (str), expected a whole number"),
+    ({"training": {"batch_size": 1.5}}, [], "training.batch_size: received 1.5 (float), expected a whole number"),
+    ({"training": {"batch_size": True}}, [], "training.batch_size: received True (bool), expected a whole number"),
+    ({"training": {"learning_rate": "fast"}}, [], "training.learning_rate.start: received 'fast' (str), expected a number"),
+    ({"training": {"learning_rate": float("nan")}}, [], "training.learning_rate.start: received nan (float), expected a"),
+    ({"training": {"learning_rate": 0}}, [], "training.learning_rate.start: received 0 (int), expected a number above 0"),
+    ({"training": {"learning_rate": {"start": 1, "end": 0.1}}}, [], "expected no 'end' with schedule 'constant'"),
+    ({"training": {"weight_decay": 0.1}}, [], "optimizer 'adamw'"),
+    ({"training": {"shuffle": "perhaps"}}, [], "training.shuffle: received 'perhaps' (str), expected true or false"),
+    ({"training": 3}, [], "training: received 3 (int), expected a section of 'key: value' lines"),
+    ({"seed": -1}, [], "seed: received -1 (int), expected a number of 0 or more"),
+    ({"name": "../elsewhere"}, [], "name: received '../elsewhere' (str), expected letters, digits"),
+    ({"input": {"k": 0, "i": 0, "f": 0}}, [], "expected a port with bits: k + i + f > 0"),
+    ({"quantization": {"method": "hgq", "weights": {"overflow": "WRAP_SM"}}}, [], "WRAP_SM has no trained range"),
+    ({"quantization": {"method": "hgq", "rules": [{"where": "a(", "f": 1}]}}, [], "expected a path such as 'Dense_0/kernel'"),
+    ({}, ["training.epochs.trian=3"], "unknown key 'training.epochs.trian'; did you mean 'train'"),
+    ({}, ["trainig.epochs=3"], "unknown key 'trainig'"),
+    ({}, ["seed"], "--set got 'seed', expected KEY=VALUE"),
+    ({}, ["=3"], "--set got '=3', expected KEY=VALUE"),
+    ({"seed": 1}, ["seed.x=1"], "--set seed.x: seed is 1 (int), which has no parts"),
+    ({}, ["training.epochs={a: ["], "--set training.epochs, line 1, column 6: not YAML"),
+    ({"trainig": 1, "sed": 2}, [], "(and 1 more mistake)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("raw, overrides, message", MISTAKES, ids=[m[2][:40] for m in MISTAKES])
+def test_mistakes_are_one_line_with_the_path(raw, overrides, message):
+    with pytest.raises(pq.ConfigError) as caught:
+        config.parse(raw, overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value) and "pydantic" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a: [1\nb: 2", "line 2, column"),
+        ("- 1\n- 2", "expected 'key: value' lines"),
+        ("seed: 1\nmodel: mlp\nseed: 2", "line 3: the key 'seed' appears twice"),
+        ("training:\n  epochs: {train: 1, train: 2}", "line 2: the key 'train' appears twice"),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path, text, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(pq.ConfigError) as caught:
+        config.load(path)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_configuration(tmp_path):
+    with pytest.raises(pq.ConfigError, match=r"nothing.yaml' does not exist"):
+        config.load(tmp_path / "nothing.yaml")
+    with pytest.raises(pq.ConfigError, match="is a directory"):
+        config.load(tmp_path)
+
+
+def test_schema_describes_every_key():
+    schema = config.json_schema()
+    json.dumps(schema)
+    sections = {"Experiment": schema, **schema["$defs"]}
+    assert set(schema["properties"]) == set(config.Experiment.model_fields)
+    assert all(not s["additionalProperties"] for s in sections.values())
+    assert all("description" in s for s in sections.values())
+    assert schema["$defs"]["HGQ"]["properties"]["beta"]["minimum"] == 0
+    assert "required" not in schema["$defs"]["Bits"], "an editor would ask for what has a default"
+
+
+# --- what the sections stand for --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    experiment = config.parse(SMALL)
+    return prepare(experiment, prepare_data(experiment))
+
+
+@pytest.mark.parametrize(
+    "section, values",
+    [
+        ({"start": 0.1}, [0.1, 0.1, 0.1]),
+        ({"start": 0.1, "schedule": "linear"}, [0.1, 0.05, 0.0]),
+        ({"start": 0.1, "end": 0.02, "schedule": "linear"}, [0.1, 0.06, 0.02]),
+        ({"start": 0.1, "end": 0.02, "schedule": "cosine"}, [0.1, 0.06, 0.02]),
+        ({"start": 0.1, "schedule": "cosine"}, [0.1, 0.05, 0.0]),
+    ],
+)
+def test_rates_run_from_start_to_end_over_all_steps(section, values):
+    made = config.rate(config.parse({"training": {"learning_rate": section}}).training.learning_rate, 40)
+    np.testing.assert_allclose([made(0), made(20), made(40)], values, rtol=1e-6, atol=1e-9)
+
+
+def test_steps_are_those_of_all_stages(prepared):
+    assert prepared.epochs == 4 and prepared.steps == 4 * (360 // 64)
+    more = config.parse(SMALL, ["training.rounds=3"])
+    assert prepare(more, prepared.dataset).steps == (1 + 3 * 2 + 1) * (360 // 64)
+
+
+def test_weight_decay_reaches_the_weights_only(prepared):
+    experiment = config.parse(SMALL, ["training.optimizer=adamw", "training.weight_decay=0.5"])
+    tx = config.optimizer(experiment, prepared.compression, 10)
+    params = prepared.compression.attach(prepared.inst.model.params)
+    zero = jax.tree.map(np.zeros_like, params)
+    stats = {"range": {n: (np.zeros(s.shape), np.ones(s.shape)) for n, s in prepared.inst.sites.items()}}
+    updates, _ = tx.update(zero, tx.init(params), params, stage=np.int32(1), stats=stats)
+    assert any(np.any(v) for v in jax.tree.leaves(updates.model))
+    assert not any(np.any(v) for v in jax.tree.leaves(updates.extra))
+
+
+def test_rules_keep_the_rest_of_their_section(prepared):
+    rules = [{"where": "Dense_1/.*", "f": 3}, {"where": "Dense_0/input", "overflow": "SAT"}]
+    raw = {**SMALL, "quantization": {"method": "fixed", "weights": {"f": 5}, "activations": {"f": 4, "i": 1}, "rules": rules}}
+    made = config.compression(config.parse({**raw, "pruning": None}), prepared.inst)
+    params = made.attach(prepared.inst.model.params)
+    sites = made.apply(params, made.init(params))[0].sites
+    assert {name: (float(np.max(s.i)), float(np.max(s.f)), s.overflow) for name, s in sites.items()} == {
+        "Dense_0/kernel": (0, 5, "SAT"),
+        "Dense_0/bias": (0, 5, "SAT"),
+        "Dense_0/input": (1, 4, "SAT"),
+        "Dense_1/kernel": (0, 3, "SAT"),
+        "Dense_1/bias": (0, 3, "SAT"),
+        "Dense_1/input": (1, 3, "SAT"),
+    }
+
+
+def test_rules_and_selections_that_match_nothing(prepared):
+    rule = {"quantization": {"method": "hgq", "rules": [{"where": "Dense_0/kernal", "f": 3}]}}
+    with pytest.raises(pq.ConfigError, match=r"quantization.rules.0.where is 'Dense_0/kernal'.*did you mean 'Dense_0/kernel'"):
+        config.compression(config.parse(rule), prepared.inst)
+    with pytest.raises(pq.TransformError, match="matches no parameter"):
+        config.compression(config.parse({"pruning": {"method": "pdp", "where": "Conv.*"}}), prepared.inst)
+    with pytest.raises(pq.ConfigError, match="matches no kernel, only Dense_0/bias"):
+        config.compression(config.parse({"pruning": {"method": "pdp", "where": "Dense_0/bias"}}), prepared.inst)
+
+
+def test_pruning_where_takes_kernels_only(prepared):
+    made = config.compression(config.parse({"pruning": {"method": "pdp", "where": "Dense_1/.*"}}), prepared.inst)
+    params = made.attach(prepared.inst.model.params)
+    assert set(made.apply(params, made.init(params))[0].masks) == {"Dense_1/kernel"}
+
+
+def test_order_is_the_order_of_the_chain(prepared):
+    for order, name in (("prune_then_quantize", "chain(dst, hgq)"), ("quantize_then_prune", "chain(hgq, dst)")):
+        assert config.compression(config.parse({**SMALL, "order": order}), prepared.inst).name == name
+    assert config.compression(config.parse({}), prepared.inst) is None
+
+
+# --- models, data and files by name -----------------------------------------------------------------------------------
+
+PROJECT = """
+import flax.linen as nn
+import numpy as np
+import pquant_jax as pq
+
+WIDTH = {width}
+
+def build(outputs, seed, x, depth: int = 1):
+    params = {{"w": np.full((x.shape[1], outputs), seed + depth, np.float32)}}
+    return pq.from_function(lambda p, x: x @ p["w"], params)
+
+def needs(size):
+    return nn.Dense(size)
+
+def load():
+    rng = np.random.default_rng(0)
+    return {{"x": rng.normal(size=(200, WIDTH)), "y": rng.integers(0, 3, 200)}}
+
+def hinge(prediction, target):
+    return abs(prediction[:, 0] - target)
+
+near = pq.Metric("near", hinge, higher_is_better=False)
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    (tmp_path / "own_project.py").write_text(PROJECT.format(width=7))
+    return tmp_path
+
+
+def test_an_own_model_gets_outputs_seed_and_x(project):
+    experiment = config.parse({"model": {"build": "own_project:build", "args": {"depth": 4}}, "seed": 10})
+    with config.importing([str(project)]):
+        made = config.model(experiment, np.zeros((2, 6), np.float32), 3)
+    assert made.params["w"].shape == (6, 3) and float(made.params["w"][0, 0]) == 14
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        ("mpl", "model is 'mpl', expected a model of the zoo or 'package.module:function'; did you mean 'mlp'"),
+        ("nowhere.at_all:build", "can't be imported: No module named 'nowhere'"),
+        ("own_project:bild", "'own_project' has no 'bild'; did you mean 'build'"),
+        ("own_project:WIDTH", "is a int, expected a function"),
+        ("own_project:needs", "needs 'size'; give it under model.args"),
+        ({"build": "own_project:build", "args": {"dept": 1}}, "takes no 'dept'; did you mean 'depth'"),
+        ({"build": "mlp", "args": {"hiden": [1]}}, "takes no 'hiden'; did you mean 'hidden'"),
+        ("own project:build", "expected 'package.module:function'"),
+    ],
+)
+def test_models_that_do_not_exist(project, model, message):
+    with config.importing([str(project)]), pytest.raises(pq.ConfigError) as caught:
+        config.model(config.parse({"model": model}), np.zeros((2, 6), np.float32), 3)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_own_data_loss_and_metric(project):
+    raw = {"data": "own_project:load", "loss": "own_project:hinge", "metric": "own_project:near"}
+    with config.importing([str(project)]):
+        made = config.dataset(config.parse(raw))
+        assert made.train.x.shape == (144, 7) and made.classes == ("0", "1", "2")
+        np.testing.assert_array_equal(config.loss(config.parse(raw))(np.ones((2, 1)), np.zeros(2)), [1, 1])
+        assert config.metric(config.parse(raw)).name == "near"
+        with pytest.raises(pq.ConfigError, match="is a function, expected pq.Metric"):
+            config.metric(config.parse({"metric": "own_project:hinge"}))
+    with pytest.raises(pq.ConfigError, match="did you mean 'accuracy'"):
+        config.metric(config.parse({"metric": "acuracy"}))
+
+
+def test_importing_restores_the_path_and_forgets_what_it_found(tmp_path):
+    before, widths = list(sys.path), []
+    for width in (3, 5):  # two projects whose module has the same name
+        folder = tmp_path / str(width)
+        folder.mkdir()
+        (folder / "own_project.py").write_text(PROJECT.format(width=width))
+        with config.importing([str(folder)]):
+            widths.append(config.named("own_project:WIDTH", "model"))
+        assert sys.path == before and "own_project" not in sys.modules
+    assert widths == [3, 5]
+
+
+def test_importing_restores_the_path_after_an_error(tmp_path):
+    before = list(sys.path)
+    with pytest.raises(pq.ConfigError), config.importing([str(tmp_path)]):
+        config.named("nowhere:f", "loss")
+    assert sys.path == before
+
+
+def test_paths_are_looked_for_beside_the_configuration(tmp_path, monkeypatch):
+    folder = tmp_path / "project"
+    (folder / "src").mkdir(parents=True)
+    np.savez(folder / "mine.npz", x=np.zeros((20, 2)), y=np.arange(20) % 2)
+    (folder / "a.yaml").write_text("data: mine.npz\nfolders: [src]\ntraining: {init: nowhere.npz}\n")
+    monkeypatch.chdir(tmp_path)
+    read = config.load("project/a.yaml")
+    assert read.data.source == str(folder / "mine.npz")
+    assert read.folders == [str(folder), str(folder / "src")]
+    assert read.training.init == str(tmp_path / "nowhere.npz"), "a file that is nowhere is named as in the current directory"
+
+
+def test_a_file_name_becomes_a_run_name(tmp_path):
+    for file, name in (("my run (2).yaml", "my_run__2_"), ("_a.b.yaml", "a.b"), ("-.yaml", "run")):
+        (tmp_path / file).write_text("seed: 1")
+        assert config.load(tmp_path / file).name == name
+
+
+def test_starting_parameters(prepared, tmp_path):
+    x, path = np.zeros((2, 16), np.float32), tmp_path / "start.npz"
+    leaves = {n: np.full(np.shape(v), 0.5, np.float32) for n, v in _tree.flatten(prepared.inst.model.params).items()}
+    experiment = config.parse({**SMALL, "training": {"init": str(path)}})
+    for prefix in ("", "value/"):
+        np.savez(path, **{prefix + n: v for n, v in leaves.items()})
+        assert all(np.all(v == 0.5) for v in jax.tree.leaves(config.model(experiment, x, 5).params))
+    coded = {f"codes/{n}": np.full(v.shape, 3, np.int32) for n, v in leaves.items()}
+    np.savez(path, **coded, **{f"f/{n}": np.full(v.shape, 2, np.int32) for n, v in leaves.items()})
+    assert all(np.all(v == 0.75) for v in jax.tree.leaves(config.model(experiment, x, 5).params))
+    assert not any(np.all(v == 0.75) for v in jax.tree.leaves(config.model(experiment, x, 5, trained=False).params))
+
+
+def test_starting_parameters_that_do_not_fit(prepared, tmp_path):
+    x, path = np.zeros((2, 16), np.float32), tmp_path / "start.npz"
+    experiment = config.parse({**SMALL, "training": {"init": str(path)}})
+    with pytest.raises(pq.ConfigError, match="can't be read as an .npz"):
+        config.model(experiment, x, 5)
+    leaves = {n: np.asarray(v) for n, v in _tree.flatten(prepared.inst.model.params).items()}
+    np.savez(path, **{n.replace("Dense_0/kernel", "Dense_0/kernels"): v for n, v in leaves.items()})
+    with pytest.raises(pq.ConfigError, match="lacks the parameter 'Dense_0/kernel'; did you mean 'Dense_0/kernels'"):
+        config.model(experiment, x, 5)
+    np.savez(path, **{**leaves, "Dense_0/kernel": np.zeros((16, 9))})
+    with pytest.raises(pq.ConfigError, match=r"'Dense_0/kernel' has shape \(16, 9\), the model's \(16, 3\)"):
+        config.model(experiment, x, 5)
+
+
+def test_batch_statistics_come_with_the_starting_parameters(tmp_path):
+    x, path = np.zeros((2, 16), np.float32), tmp_path / "start.npz"
+    raw = {**SMALL, "model": {"build": "mlp", "args": {"hidden": [3], "batch_norm": True}}}
+    made = config.model(config.parse(raw), x, 5)
+    arrays = {n: np.asarray(v) for n, v in _tree.flatten(made.params).items()}
+    arrays |= {f"state/{n}": np.full(np.shape(v), 7, np.float32) for n, v in _tree.flatten(made.state).items()}
+    np.savez(path, **arrays)
+    started = config.model(config.parse({**raw, "training": {"init": str(path)}}), x, 5)
+    assert all(np.all(v == 7) for v in jax.tree.leaves(started.state))
+
+
+def test_data_are_cut_in_proportion():
+    made = config.dataset(config.parse({"data": {"source": "jets", "n": 1000}}))
+    assert [len(s.y) for s in (made.train, made.val, made.test)] == [720, 80, 200]
+    assert made.digest != config.dataset(config.parse({"data": {"source": "jets", "n": 1001}})).digest
+    with pytest.raises(pq.DataError, match="data.n is 50000, but jets has 40000 samples"):
+        config.dataset(config.parse({"data": {"source": "jets", "n": 50_000}}))
+    with pytest.raises(pq.DataError, match="leaves a split of jets empty"):
+        config.dataset(config.parse({"data": {"source": "jets", "n": 3}}))
+
+
+# --- no key without an effect -----------------------------------------------------------------------------------------
+
+
+def _leaves(tree: Any) -> list[Any]:
+    """A tree as plain values that compare; functions count by name."""
+    return [np.asarray(v).tolist() if hasattr(v, "shape") else v for v in jax.tree.leaves(tree)]
+
+
+def _model(experiment, prepared, **_):
+    with config.importing([]):
+        return _leaves(config.model(experiment, np.zeros((2, 16), np.float32), 5).params)
+
+
+def _split(experiment, prepared, **_):
+    twice = pq.from_function(lambda p, x: x @ p["a"] + x @ p["b"], {n: np.ones((4, 2), np.float32) for n in "ab"})
+    return sorted(config.instrumented(experiment, twice, np.zeros((1, 4), np.float32)).sites)
+
+
+def _data(experiment, prepared, **_):
+    return config.dataset(experiment).digest
+
+
+def _compression(experiment, prepared, **_):
+    made = config.compression(experiment, prepared.inst)
+    params = made.attach(prepared.inst.model.params)
+    state = made.init(params)
+    view = made.apply(params, state)[0]
+    modes = [(n, s.rounding, s.overflow) for n, s in sorted(view.sites.items())]
+    return made.name, modes, sorted(view.masks), _leaves((params, state, view))
+
+
+def _optimizer(experiment, prepared, **_):
+    """Two updates of ones, for every kind of parameter."""
+    tx = config.optimizer(experiment, prepared.compression, 4)
+    params = prepared.compression.attach(jax.tree.map(np.ones_like, prepared.inst.model.params))
+    stats = {"range": {n: (np.zeros(s.shape), np.ones(s.shape)) for n, s in prepared.inst.sites.items()}}
+    state, gradient = tx.init(params), jax.tree.map(np.ones_like, params)
+    for _ in range(2):
+        updates, state = tx.update(gradient, state, params, stage=np.int32(1), stats=stats)
+        params = optax.apply_updates(params, updates)
+    return _leaves(params)
+
+
+def _plan(experiment, prepared, **_):
+    return pq.train.schedule(config.plan(experiment))
+
+
+def _fit(experiment, prepared, *, monkeypatch, tmp_path):
+    """The arguments that reach `fit`."""
+    seen: dict[str, Any] = {}
+
+    def fit(inst, data, **arguments):
+        plain = ("batch_size", "seed", "shuffle", "checkpoint_every", "plan")
+        seen.update({k: arguments[k] for k in plain} | {k: arguments[k].__class__ for k in ("loss",)})
+        return pq.Result(None, None, [{}] * prepared.epochs, {}, 1, 0.0)
+
+    monkeypatch.setattr(pq.train, "fit", fit)
+    _training.fit_compressed(prepared._replace(experiment=experiment), tmp_path, make_log(quiet=True), resume=False)
+    return seen
+
+
+def _task(experiment, prepared, **_):
+    return config.loss(experiment).__name__, config.metric(experiment).name
+
+
+def _port(experiment, prepared, **_):
+    return config.input_spec(experiment)
+
+
+def _skipped(experiment, prepared, **_):
+    return skips(experiment)
+
+
+def _rtl(experiment, prepared, *, monkeypatch, tmp_path):
+    """What is asked of da4ml and of `verify`."""
+    from pquant_jax.lower.backends import da4ml
+
+    calls: list[Any] = []
+    info = da4ml.RTLInfo("m", tmp_path, tmp_path, "verilog", 0, 0, 1, 0, 0.0, 0.0, np.zeros((3, 1)), np.zeros((3, 1)))
+    monkeypatch.setattr(da4ml, "to_comb", lambda graph: None)
+    monkeypatch.setattr(da4ml, "write_rtl", lambda comb, where, **k: calls.append((where.name, sorted(k.items()))) or info)
+    monkeypatch.setattr(
+        _hardware,
+        "compare",
+        lambda *a, vectors, seed, **k: calls.append((vectors, seed)) or dict(mismatches={}, vectors=1, outputs=1),
+    )
+    (tmp_path / "rtl").mkdir()
+    changed = prepared._replace(experiment=experiment)
+    _hardware.write_netlists(changed, None, tmp_path)
+    _hardware.prove(changed, None, None, None, None, {}, make_log(quiet=True), {"skipped": {}})
+    return calls
+
+
+def _name(experiment, prepared, *, tmp_path, **_):
+    return new_folder(tmp_path, experiment.name, overwrite=False)
+
+
+def _folders(experiment, prepared, *, tmp_path, **_):
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "only_here.py").write_text("f = 1")
+    with config.importing([str(tmp_path / f) for f in experiment.folders]):
+        try:
+            return config.named("only_here:f", "model")
+        except pq.ConfigError:
+            return None
+
+
+PDP = {"method": "pdp"}
+FIXED = {"method": "fixed"}
+RULE = {"where": "Dense_0/.*", "f": 4}
+FORMAT = {"i": 1, "f": 3, "k": 0, "rounding": "TRN", "overflow": "SAT", "granularity": "tensor"}
+RATES = {"start": 0.02, "end": 0.01, "schedule": "cosine"}
+
+# key: (another value, what it changes, the configuration it acts in)
+EFFECTS: dict[str, tuple[Any, Any, list[str]]] = {
+    "name": ("other", _name, []),
+    "seed": (3, _model, []),
+    "folders": (["beside"], _folders, []),
+    "model.build": ("effect_net:build", _model, ["model.args={}"]),
+    "model.args": ({"hidden": [2]}, _model, []),
+    "model.split": ([".*input.*"], _split, []),
+    "data.source": ("test_data.npz", _data, ["data.n=null"]),
+    "data.n": (600, _data, []),
+    "data.standardise": (True, _data, ["data={source: test_data.npz, n: null}"]),
+    "task": ("regression", _task, ["loss=null", "metric=null"]),
+    "loss": ("absolute_error", _task, []),
+    "metric": ("mae", _task, []),
+    "input.k": (0, _port, []),
+    "input.i": (3, _port, []),
+    "input.f": (3, _port, []),
+    "training.epochs.pretrain": (3, _plan, []),
+    "training.epochs.train": (3, _plan, []),
+    "training.epochs.finetune": (3, _plan, []),
+    "training.rounds": (2, _plan, []),
+    "training.rewind": ("every-round", _plan, []),
+    "training.save_epoch": (1, _plan, ["training.rewind=every-round"]),
+    "training.batch_size": (32, _fit, []),
+    "training.shuffle": (False, _fit, []),
+    "training.optimizer": ("sgd", _optimizer, []),
+    **{f"training.{kind}.start": (0.5, _optimizer, [f"training.{kind}=0.1"]) for kind in
+       ("learning_rate", "bits_learning_rate", "threshold_learning_rate")},
+    **{f"training.{kind}.end": (0.09, _optimizer, [f"training.{kind}={json.dumps(RATES)}"]) for kind in
+       ("learning_rate", "bits_learning_rate", "threshold_learning_rate")},
+    **{f"training.{kind}.schedule": ("linear", _optimizer, [f"training.{kind}={json.dumps(RATES)}"]) for kind in
+       ("learning_rate", "bits_learning_rate", "threshold_learning_rate")},
+    "training.weight_decay": (0.5, _optimizer, ["training.optimizer=adamw"]),
+    "training.init": ("start.npz", _model, []),
+    "training.checkpoint_every": (7, _fit, []),
+    "training.float_baseline": (False, _skipped, []),
+    "pruning.dst.alpha": (0.5, _compression, []),
+    "pruning.dst.threshold_init": (0.5, _compression, []),
+    "pruning.dst.max_sparsity": (0.5, _compression, []),
+    "pruning.dst.granularity": ("channel", _compression, []),
+    "pruning.dst.where": ("Dense_0/kernel", _compression, []),
+    "pruning.pdp.sparsity": (0.3, _compression, [f"pruning={json.dumps(PDP)}"]),
+    "pruning.pdp.epsilon": (0.3, _compression, [f"pruning={json.dumps(PDP)}"]),
+    "pruning.pdp.temperature": (0.3, _compression, [f"pruning={json.dumps(PDP)}"]),
+    "pruning.pdp.where": ("Dense_0/kernel", _compression, [f"pruning={json.dumps(PDP)}"]),
+    "quantization.hgq.beta": (0.5, _compression, ["quantization.beta_end=0.1"]),
+    "quantization.hgq.beta_end": (0.5, _compression, []),
+    "quantization.hgq.gamma": (0.5, _compression, []),
+    "quantization.hgq.decay": (0.5, _compression, []),
+    "quantization.hgq.freeze": (False, _compression, []),
+    **{f"quantization.hgq.{kind}.{key}": (value, _compression, []) for kind in ("weights", "activations")
+       for key, value in FORMAT.items()},
+    **{f"quantization.hgq.rules.{key}": (value, _compression, [f"quantization.rules=[{json.dumps(RULE)}]"])
+       for key, value in {**FORMAT, "where": "Dense_1/.*"}.items()},
+    **{f"quantization.fixed.{kind}.{key}": (value, _compression, [f"quantization={json.dumps(FIXED)}"])
+       for kind in ("weights", "activations") for key, value in {**FORMAT, "overflow": "WRAP"}.items()},
+    **{f"quantization.fixed.rules.{key}": (value, _compression, [f"quantization={json.dumps({**FIXED, 'rules': [RULE]})}"])
+       for key, value in {**FORMAT, "where": "Dense_1/.*", "overflow": "WRAP"}.items()},
+    "order": ("quantize_then_prune", _compression, []),
+    "hardware.lower": (False, _skipped, []),
+    "hardware.latency_cutoff": (9, _rtl, []),
+    "hardware.vhdl": (True, _rtl, []),
+    "hardware.simulate": (False, _skipped, []),
+    "hardware.synthesize": (False, _skipped, []),
+    "hardware.vectors": (77, _rtl, []),
+}  # fmt: skip
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every key that holds a value; the method stands in the path where a section has several."""
+    found = []
+    for name, field in section.model_fields.items():
+        inner = _sections(field.annotation)
+        if name == "method":
+            continue
+        if not inner:
+            found.append(prefix + name)
+        for s in inner:
+            found += _keys(s, f"{prefix}{name}." + (f"{_tag(s)}." if _tag(s) else ""))
+    return found
+
+
+def test_the_table_of_effects_has_every_key():
+    assert set(_keys(config.Experiment)) == set(EFFECTS)
+
+
+@pytest.mark.parametrize("key", EFFECTS)
+def test_every_key_changes_something(key, prepared, tmp_path, monkeypatch):
+    value, effect, setting = EFFECTS[key]
+    parts = [p for p in key.split(".") if p not in ("dst", "pdp", "hgq", "fixed")]
+    path = ".".join(p + ".0" if p == "rules" else p for p in parts)
+    monkeypatch.chdir(tmp_path)
+    Path("effect_net.py").write_text("import flax.linen as nn\n\ndef build(outputs):\n    return nn.Dense(outputs)\n")
+    rng = np.random.default_rng(0)
+    np.savez("test_data.npz", x=rng.normal(3, 2, (100, 16)), y=np.arange(100) % 5)
+    np.savez("start.npz", **{n: np.ones_like(v) for n, v in _tree.flatten(prepared.inst.model.params).items()})
+    before = config.parse(SMALL, setting)
+    after = config.parse(SMALL, [*setting, f"{path}={json.dumps(value)}"])
+    assert before != after, "the new value is the old one"
+    seen = []
+    for n, experiment in enumerate((before, after)):
+        folder = tmp_path / f"try{n}"
+        folder.mkdir()
+        seen.append(effect(experiment, prepared, monkeypatch=monkeypatch, tmp_path=folder))
+    strip = [str(s).replace("try0", "try").replace("try1", "try") for s in seen]
+    assert strip[0] != strip[1]
