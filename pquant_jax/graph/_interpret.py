@@ -33,6 +33,9 @@ ELEMENTWISE = frozenset(
 REDUCE = frozenset("reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin psum".split())
 
 
+_LOOPS = frozenset({"scan", "while", "cond"})
+
+
 class Const(NamedTuple):
     """A literal or closed-over constant operand of a step."""
 
@@ -119,11 +122,19 @@ def contains_product(jaxpr: Jaxpr) -> bool:
     for eqn in jaxpr.eqns:
         if eqn.primitive.name in PRODUCTS or eqn.primitive is site_p:
             return True
-        for value in eqn.params.values():
-            nested = value.jaxpr if isinstance(value, ClosedJaxpr) else value
-            if isinstance(nested, Jaxpr) and contains_product(nested):
-                return True
+        if any(contains_product(sub) for sub in nested(eqn)):
+            return True
     return False
+
+
+def nested(eqn: Any) -> list[Jaxpr]:
+    """Every jaxpr among an equation's parameters: calls, loop bodies, branches."""
+    found = []
+    for value in eqn.params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, (ClosedJaxpr, Jaxpr)):
+                found.append(item.jaxpr if isinstance(item, ClosedJaxpr) else item)
+    return found
 
 
 def batch_axes(program: Program, inputs: Sequence[int | None]) -> dict[int, int | None]:
@@ -137,18 +148,18 @@ def batch_axes(program: Program, inputs: Sequence[int | None]) -> dict[int, int 
         return None if isinstance(operand, Const) else axes[operand]
 
     for step in program.steps:
-        found = _batch_of(step.eqn, [axis(v) for v in step.ins])
-        axes.update((slot, found) for slot in step.outs)
+        batch = [axis(v) for v in step.ins]
+        axes.update((slot, _batch_of(step.eqn, batch, n)) for n, slot in enumerate(step.outs))
     return axes
 
 
-def _batch_of(eqn: Any, batch: list[int | None]) -> int | None:
+def _batch_of(eqn: Any, batch: list[int | None], result: int) -> int | None:
     found = next(((n, b) for n, b in enumerate(batch) if b is not None), None)
     if found is None:
         return None
     where, b = found
     name, params = eqn.primitive.name, eqn.params
-    shape, out = eqn.invars[where].aval.shape, eqn.outvars[0].aval.shape
+    shape, out = eqn.invars[where].aval.shape, eqn.outvars[result].aval.shape
     if name == "dot_general":
         return _batch_of_dot(eqn, batch)
     if name == "conv_general_dilated":
@@ -168,9 +179,22 @@ def _batch_of(eqn: Any, batch: list[int | None]) -> int | None:
             if int(np.prod(out[:a])) == before and out[a] == shape[b]:
                 return a
         raise TraceError(f"reshape {shape} -> {out} mixes the batch (axis {b}) with other axes; keep samples apart")
+    if b in _along(name, params):
+        raise TraceError(f"{name!r} runs along the batch (axis {b}), which mixes samples; keep samples apart")
     if name in ELEMENTWISE or (len(out) > b and out[b] == shape[b]):
         return b
+    if name in _LOOPS:  # a counter or another value that is the same for all samples
+        return None
     raise TraceError(f"can't follow the batch through {name!r} ({shape} -> {out}); move it out of the compressed model")
+
+
+def _along(name: str, params: Mapping[str, Any]) -> tuple[int, ...]:
+    """The axes along which an operation combines or moves elements."""
+    if name in ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"):
+        return (params["axis"],)
+    if name in ("sort", "concatenate"):
+        return (params["dimension"],)
+    return tuple(params["dimensions"]) if name == "rev" else ()
 
 
 def _batch_of_dot(eqn: Any, batch: list[int | None]) -> int | None:

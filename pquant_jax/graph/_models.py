@@ -159,6 +159,6 @@ def check_forward(model: Model, x: Any) -> Any:
     """Shapes of the model's output on `x`; the model's own error is passed on with the input's shapes in front."""
     try:
         return jax.eval_shape(lambda p, s, v: model.forward(p, s, v, train=False, rng=None)[0], model.params, model.state, x)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # every framework raises its own classes; the cause stays attached
         shapes = jax.tree.map(jnp.shape, x)
         raise TraceError(f"the model does not accept an input of shape {shapes}: {str(error).splitlines()[0]}") from error

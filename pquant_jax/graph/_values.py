@@ -119,7 +119,9 @@ def prefix(paths: frozenset[str]) -> str:
     return os.path.commonprefix(folders).rpartition("/")[0] if folders else ""
 
 
-def expand(array: Any, batch: int | None) -> Any:
-    """A per-sample array with an axis of size 1 where the batch stands."""
+def expand(array: Any, batch: int | None, rank: int) -> Any:
+    """A per-sample array, broadcastable to the sample, with an axis of size 1 where the batch stands in the rank-`rank` value."""
     array = jnp.asarray(array)
-    return array if batch is None else jnp.expand_dims(array, batch)
+    if batch is None:
+        return array
+    return jnp.expand_dims(array.reshape(*(1,) * (rank - 1 - array.ndim), *array.shape), batch)

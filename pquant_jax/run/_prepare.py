@@ -97,8 +97,9 @@ def _check_outputs(
     experiment: config.Experiment, dataset: Dataset, inst: Instrumented, loss: Callable, metric: train.Metric
 ) -> None:
     x, y = batch_of(dataset.train.x, 2), batch_of(dataset.train.y, 2)
-    view = View(inst.model.params, {}, {})
-    out = jax.eval_shape(lambda v: inst.forward(view, inst.model.state, v)[0], jax.tree.map(jnp.asarray, x))
+    view, state, key = View(inst.model.params, {}, {}), inst.model.state, jax.random.key(0)
+    out = jax.eval_shape(lambda v: inst.forward(view, state, v)[0], x)
+    jax.eval_shape(lambda v: inst.forward(view, state, v, train=True, rng=key)[0], x)  # its sites must be the same
     shapes = " and ".join(str(leaf.shape[1:]) for leaf in jax.tree.leaves(out))
     classes = len(dataset.classes)
     if experiment.loss == "cross_entropy" and classes and shapes != f"({classes},)":

@@ -120,9 +120,10 @@ def test_jit_and_eager_equal_the_oracle_for_every_sharing(rounding, overflow, da
 
 
 @jax.jit
-def mapped(x, fmt, one):
-    """A format per row; the same values under every format; the columns under one format."""
-    return jax.vmap(quantize)(x, fmt), jax.vmap(quantize, (None, 0))(x, fmt), jax.vmap(quantize, (1, None), 1)(x, one)
+def mapped(x, scalars, channels, one):
+    """A format per row; the same values under every format; formats per channel for each; the columns under one format."""
+    together = jax.vmap(quantize, (None, 0))
+    return jax.vmap(quantize)(x, scalars), together(x, scalars), together(x, channels), jax.vmap(quantize, (1, None), 1)(x, one)
 
 
 @every_mode
@@ -132,10 +133,11 @@ def test_vmap_equals_the_oracle(rounding, overflow, data):
     modes = dict(rounding=rounding, overflow=overflow)
     draws = np.array(data.draw(st.lists(formats, min_size=SHAPE[0], max_size=SHAPE[0])))
     x = data.draw(values(int(draws[0, 1]), int(draws[0, 2])))
-    rows, grid, columns = mapped(x, kif(*draws.T, **modes), kif(*draws[0], **modes))
-    np.testing.assert_array_equal(rows, oracle.quantize(x, *draws.T[:, :, None], **modes))
-    np.testing.assert_array_equal(grid, oracle.quantize(x, *draws.T[:, :, None, None], **modes))
-    np.testing.assert_array_equal(columns, oracle.quantize(x, *draws[0], **modes))
+    channels = draws.T[:, (np.arange(SHAPE[0])[:, None] + np.arange(SHAPE[1])) % SHAPE[0]]
+    results = mapped(x, kif(*draws.T, **modes), kif(*channels, **modes), kif(*draws[0], **modes))
+    wide = (draws.T[:, :, None], draws.T[:, :, None, None], channels[:, :, None, :], draws[0])
+    for ours, fmt in zip(results, wide, strict=True):
+        np.testing.assert_array_equal(ours, oracle.quantize(x, *fmt, **modes))
 
 
 @functools.partial(jax.jit, static_argnums=4)

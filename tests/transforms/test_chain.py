@@ -59,8 +59,11 @@ def test_a_name_can_appear_once(toy):
         chain(toy(), toy())
 
 
-def test_masks_of_two_pruners_multiply(model):
-    c = chain(named(dst(alpha=0, threshold_init=0.35), "first"), named(dst(alpha=0, threshold_init=0.55), "second"))
+@pytest.mark.parametrize("thresholds", [(0.35, 0.55), (0.55, 0.35), (0.55, -0.1)])
+def test_masks_of_two_pruners_multiply(thresholds, model):
+    """The last pair: a pruner that keeps everything does not bring back what the one before it took."""
+    names = ("first", "second")
+    c = chain(*(named(dst(alpha=0, threshold_init=t), name) for t, name in zip(thresholds, names, strict=True)))
     params = c.attach(model)
     _, state = c.boundary(params, c.init(params), event=Event.PRE_EPOCH, epoch=0, epochs=1, **HOW)
     view, _ = c.apply(params, state)

@@ -1,0 +1,254 @@
+"""No key of a configuration is without an effect: a table with another value for each, and what it changes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+from pydantic import BaseModel
+
+import pquant_jax as pq
+from pquant_jax import _tree, config
+from pquant_jax.config._load import _sections, _tag
+from pquant_jax.run import _hardware, _training, skips
+from pquant_jax.run._files import new_folder
+from pquant_jax.run._log import make_log
+from pquant_jax.run._prepare import prepare, prepare_data
+
+SMALL = {
+    "name": "small",
+    "model": {"build": "mlp", "args": {"hidden": [3]}},
+    "data": {"source": "jets", "n": 500},
+    "training": {"epochs": {"pretrain": 1, "train": 2, "finetune": 1}, "batch_size": 64},
+    "pruning": {"method": "dst"},
+    "quantization": {"method": "hgq"},
+}
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    experiment = config.parse(SMALL)
+    return prepare(experiment, prepare_data(experiment))
+
+
+def _leaves(tree: Any) -> list[Any]:
+    """A tree as plain values that compare; functions count by name."""
+    return [np.asarray(v).tolist() if hasattr(v, "shape") else v for v in jax.tree.leaves(tree)]
+
+
+def _model(experiment, prepared, **_):
+    with config.importing([]):
+        return _leaves(config.model(experiment, np.zeros((2, 16), np.float32), 5).params)
+
+
+def _split(experiment, prepared, **_):
+    twice = pq.from_function(lambda p, x: x @ p["a"] + x @ p["b"], {n: np.ones((4, 2), np.float32) for n in "ab"})
+    return sorted(config.instrumented(experiment, twice, np.zeros((1, 4), np.float32)).sites)
+
+
+def _data(experiment, prepared, **_):
+    return config.dataset(experiment).digest
+
+
+def _compression(experiment, prepared, **_):
+    made = config.compression(experiment, prepared.inst)
+    params = made.attach(prepared.inst.model.params)
+    state = made.init(params)
+    view = made.apply(params, state)[0]
+    modes = [(n, s.rounding, s.overflow) for n, s in sorted(view.sites.items())]
+    return made.name, modes, sorted(view.masks), _leaves((params, state, view))
+
+
+def _optimizer(experiment, prepared, **_):
+    """Two updates of ones, for every kind of parameter."""
+    tx = config.optimizer(experiment, prepared.compression, 4)
+    params = prepared.compression.attach(jax.tree.map(np.ones_like, prepared.inst.model.params))
+    stats = {"range": {n: (np.zeros(s.shape), np.ones(s.shape)) for n, s in prepared.inst.sites.items()}}
+    state, gradient = tx.init(params), jax.tree.map(np.ones_like, params)
+    for _ in range(2):
+        updates, state = tx.update(gradient, state, params, stage=np.int32(1), stats=stats)
+        params = optax.apply_updates(params, updates)
+    return _leaves(params)
+
+
+def _plan(experiment, prepared, **_):
+    return pq.train.schedule(config.plan(experiment))
+
+
+def _fit(experiment, prepared, *, monkeypatch, tmp_path):
+    """The arguments that reach `fit`."""
+    seen: dict[str, Any] = {}
+
+    def fit(inst, data, **arguments):
+        plain = ("batch_size", "seed", "shuffle", "checkpoint_every", "plan")
+        seen.update({k: arguments[k] for k in plain} | {k: arguments[k].__class__ for k in ("loss",)})
+        return pq.Result(None, None, [{}] * prepared.epochs, {}, 1, 0.0)
+
+    monkeypatch.setattr(pq.train, "fit", fit)
+    _training.fit_compressed(prepared._replace(experiment=experiment), tmp_path, make_log(quiet=True), resume=False)
+    return seen
+
+
+def _task(experiment, prepared, **_):
+    return config.loss(experiment).__name__, config.metric(experiment).name
+
+
+def _port(experiment, prepared, **_):
+    return config.input_spec(experiment)
+
+
+def _skipped(experiment, prepared, **_):
+    return skips(experiment)
+
+
+def _rtl(experiment, prepared, *, monkeypatch, tmp_path):
+    """What is asked of da4ml and of `verify`."""
+    from pquant_jax.lower.backends import da4ml
+
+    calls: list[Any] = []
+    info = da4ml.RTLInfo("m", tmp_path, tmp_path, "verilog", 0, 0, 1, 0, 0.0, 0.0, np.zeros((3, 1)), np.zeros((3, 1)))
+    monkeypatch.setattr(da4ml, "to_comb", lambda graph: None)
+    monkeypatch.setattr(da4ml, "write_rtl", lambda comb, where, **k: calls.append((where.name, sorted(k.items()))) or info)
+    monkeypatch.setattr(
+        _hardware,
+        "compare",
+        lambda *a, vectors, seed, **k: calls.append((vectors, seed)) or dict(mismatches={}, vectors=1, outputs=1),
+    )
+    (tmp_path / "rtl").mkdir()
+    changed = prepared._replace(experiment=experiment)
+    _hardware.write_netlists(changed, None, tmp_path)
+    _hardware.prove(changed, None, None, None, None, {}, make_log(quiet=True), {"skipped": {}})
+    return calls
+
+
+def _name(experiment, prepared, *, tmp_path, **_):
+    return new_folder(tmp_path, experiment.name, overwrite=False)
+
+
+def _folders(experiment, prepared, *, tmp_path, **_):
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "only_here.py").write_text("f = 1")
+    with config.importing([str(tmp_path / f) for f in experiment.folders]):
+        try:
+            return config.named("only_here:f", "model")
+        except pq.ConfigError:
+            return None
+
+
+PDP = {"method": "pdp"}
+FIXED = {"method": "fixed"}
+RULE = {"where": "Dense_0/.*", "f": 4}
+FORMAT = {"i": 1, "f": 3, "k": 0, "rounding": "TRN", "overflow": "SAT", "granularity": "tensor"}
+RATES = {"start": 0.02, "end": 0.01, "schedule": "cosine"}
+
+# key: (another value, what it changes, the configuration it acts in)
+EFFECTS: dict[str, tuple[Any, Any, list[str]]] = {
+    "name": ("other", _name, []),
+    "seed": (3, _model, []),
+    "folders": (["beside"], _folders, []),
+    "model.build": ("effect_net:build", _model, ["model.args={}"]),
+    "model.args": ({"hidden": [2]}, _model, []),
+    "model.split": ([".*input.*"], _split, []),
+    "data.source": ("test_data.npz", _data, ["data.n=null"]),
+    "data.n": (600, _data, []),
+    "data.standardise": (True, _data, ["data={source: test_data.npz, n: null}"]),
+    "task": ("regression", _task, ["loss=null", "metric=null"]),
+    "loss": ("absolute_error", _task, []),
+    "metric": ("mae", _task, []),
+    "input.k": (0, _port, []),
+    "input.i": (3, _port, []),
+    "input.f": (3, _port, []),
+    "training.epochs.pretrain": (3, _plan, []),
+    "training.epochs.train": (3, _plan, []),
+    "training.epochs.finetune": (3, _plan, []),
+    "training.rounds": (2, _plan, []),
+    "training.rewind": ("every-round", _plan, []),
+    "training.save_epoch": (1, _plan, ["training.rewind=every-round"]),
+    "training.batch_size": (32, _fit, []),
+    "training.shuffle": (False, _fit, []),
+    "training.optimizer": ("sgd", _optimizer, []),
+    **{f"training.{kind}.start": (0.5, _optimizer, [f"training.{kind}=0.1"]) for kind in
+       ("learning_rate", "bits_learning_rate", "threshold_learning_rate")},
+    **{f"training.{kind}.end": (0.09, _optimizer, [f"training.{kind}={json.dumps(RATES)}"]) for kind in
+       ("learning_rate", "bits_learning_rate", "threshold_learning_rate")},
+    **{f"training.{kind}.schedule": ("linear", _optimizer, [f"training.{kind}={json.dumps(RATES)}"]) for kind in
+       ("learning_rate", "bits_learning_rate", "threshold_learning_rate")},
+    "training.weight_decay": (0.5, _optimizer, ["training.optimizer=adamw"]),
+    "training.init": ("start.npz", _model, []),
+    "training.checkpoint_every": (7, _fit, []),
+    "training.float_baseline": (False, _skipped, []),
+    "pruning.dst.alpha": (0.5, _compression, []),
+    "pruning.dst.threshold_init": (0.5, _compression, []),
+    "pruning.dst.max_sparsity": (0.5, _compression, []),
+    "pruning.dst.granularity": ("channel", _compression, []),
+    "pruning.dst.where": ("Dense_0/kernel", _compression, []),
+    "pruning.pdp.sparsity": (0.3, _compression, [f"pruning={json.dumps(PDP)}"]),
+    "pruning.pdp.epsilon": (0.3, _compression, [f"pruning={json.dumps(PDP)}"]),
+    "pruning.pdp.temperature": (0.3, _compression, [f"pruning={json.dumps(PDP)}"]),
+    "pruning.pdp.where": ("Dense_0/kernel", _compression, [f"pruning={json.dumps(PDP)}"]),
+    "quantization.hgq.beta": (0.5, _compression, ["quantization.beta_end=0.1"]),
+    "quantization.hgq.beta_end": (0.5, _compression, []),
+    "quantization.hgq.gamma": (0.5, _compression, []),
+    "quantization.hgq.decay": (0.5, _compression, []),
+    "quantization.hgq.freeze": (False, _compression, []),
+    **{f"quantization.hgq.{kind}.{key}": (value, _compression, []) for kind in ("weights", "activations")
+       for key, value in FORMAT.items()},
+    **{f"quantization.hgq.rules.{key}": (value, _compression, [f"quantization.rules=[{json.dumps(RULE)}]"])
+       for key, value in {**FORMAT, "where": "Dense_1/.*"}.items()},
+    **{f"quantization.fixed.{kind}.{key}": (value, _compression, [f"quantization={json.dumps(FIXED)}"])
+       for kind in ("weights", "activations") for key, value in {**FORMAT, "overflow": "WRAP"}.items()},
+    **{f"quantization.fixed.rules.{key}": (value, _compression, [f"quantization={json.dumps({**FIXED, 'rules': [RULE]})}"])
+       for key, value in {**FORMAT, "where": "Dense_1/.*", "overflow": "WRAP"}.items()},
+    "order": ("quantize_then_prune", _compression, []),
+    "hardware.lower": (False, _skipped, []),
+    "hardware.latency_cutoff": (9, _rtl, []),
+    "hardware.vhdl": (True, _rtl, []),
+    "hardware.simulate": (False, _skipped, []),
+    "hardware.synthesize": (False, _skipped, []),
+    "hardware.vectors": (77, _rtl, []),
+}  # fmt: skip
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every key that holds a value; the method stands in the path where a section has several."""
+    found = []
+    for name, field in section.model_fields.items():
+        inner = _sections(field.annotation)
+        if name == "method":
+            continue
+        if not inner:
+            found.append(prefix + name)
+        for s in inner:
+            found += _keys(s, f"{prefix}{name}." + (f"{_tag(s)}." if _tag(s) else ""))
+    return found
+
+
+def test_the_table_of_effects_has_every_key():
+    assert set(_keys(config.Experiment)) == set(EFFECTS)
+
+
+@pytest.mark.parametrize("key", EFFECTS)
+def test_every_key_changes_something(key, prepared, tmp_path, monkeypatch):
+    value, effect, setting = EFFECTS[key]
+    parts = [p for p in key.split(".") if p not in ("dst", "pdp", "hgq", "fixed")]
+    path = ".".join(p + ".0" if p == "rules" else p for p in parts)
+    monkeypatch.chdir(tmp_path)
+    Path("effect_net.py").write_text("import flax.linen as nn\n\ndef build(outputs):\n    return nn.Dense(outputs)\n")
+    rng = np.random.default_rng(0)
+    np.savez("test_data.npz", x=rng.normal(3, 2, (100, 16)), y=np.arange(100) % 5)
+    np.savez("start.npz", **{n: np.ones_like(v) for n, v in _tree.flatten(prepared.inst.model.params).items()})
+    before = config.parse(SMALL, setting)
+    after = config.parse(SMALL, [*setting, f"{path}={json.dumps(value)}"])
+    assert before != after, "the new value is the old one"
+    seen = []
+    for n, experiment in enumerate((before, after)):
+        folder = tmp_path / f"try{n}"
+        folder.mkdir()
+        seen.append(effect(experiment, prepared, monkeypatch=monkeypatch, tmp_path=folder))
+    strip = [str(s).replace("try0", "try").replace("try1", "try") for s in seen]
+    assert strip[0] != strip[1]
