@@ -51,7 +51,10 @@ def matches(where: Where, path: str, leaf: Any = None) -> bool:
     """Does `where` (an exact path, a regular expression on the whole path, or a predicate) select this leaf?"""
     if callable(where):
         return bool(where(path, leaf))
-    return where == path or re.fullmatch(where, path) is not None
+    try:
+        return where == path or re.fullmatch(where, path) is not None
+    except re.error as error:
+        raise TransformError(f"the rule {where!r} is neither a path nor a regular expression: {error}") from error
 
 
 def select(tree: Any, where: Where) -> dict[str, Any]:
@@ -68,10 +71,10 @@ def select(tree: Any, where: Where) -> dict[str, Any]:
     return chosen
 
 
-def first_match(rules: Iterable[tuple[Where, Any]], path: str, default: Any) -> Any:
-    """The value of the first rule that matches `path`, else `default`."""
+def first_match(rules: Iterable[tuple[Where, Any]], path: str, default: Any, leaf: Any = None) -> Any:
+    """The value of the first rule that matches `path` (and `leaf`, for a predicate), else `default`."""
     for where, value in rules:
-        if matches(where, path):
+        if matches(where, path, leaf):
             return value
     return default
 

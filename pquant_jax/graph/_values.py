@@ -50,8 +50,10 @@ def is_parameter(v: Value) -> bool:
 
 def outputs(eqn: Any, ins: Sequence[Value], arrays: Sequence[Any], batch: int | None) -> list[Value]:
     """The results of a bound equation with their provenance."""
-    paths = frozenset().union(*(v.paths for v in ins)) if ins else frozenset()
-    derived = any(v.derived for v in ins) or (batch is None and any(v.batch is not None for v in ins))
+    # a batch statistic belongs to no layer: what it is computed from would name the site of its normalisation
+    statistic = batch is None and any(v.batch is not None for v in ins)
+    paths = frozenset().union(*(v.paths for v in ins)) if ins and not statistic else frozenset[str]()
+    derived = statistic or any(v.derived for v in ins)
     signed = can_be_negative(eqn, [v.signed for v in ins], [v.val for v in ins])
     leaf = _leaf_through(eqn, ins)
     return [Value(a, batch, signed, leaf, paths, derived) for a in arrays]

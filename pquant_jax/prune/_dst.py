@@ -112,11 +112,12 @@ def dst(
         del extra
         thresholds = params.extra["dst"]
         training, ends = state.stage == Stage.TRAIN, (event == Event.POST_EPOCH) | (event == Event.PRE_FINETUNE)
-        masks = current(params, entering(params, view).model, state.mask, state.stage)
-        reset = {}
-        for p, m in masks.items():
+        model, reset = entering(params, view).model, {}
+        masks, kernels = current(params, model, state.mask, state.stage), _kernels(model, params)
+        for p, m in list(masks.items()):
             collapsed = training & ends & (jnp.mean(1 - m) >= state.hyper["max_sparsity"])
             reset[p] = jnp.where(collapsed, jnp.zeros_like(thresholds[p]), thresholds[p])
+            masks[p] = jnp.where(collapsed, binary_step(jnp.abs(kernels[p])), m)
         new = Params(params.model, {**params.extra, "dst": reset})
         return new, DSTState(state.hyper, jnp.asarray(stage, jnp.int32), masks)
 

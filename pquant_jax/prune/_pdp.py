@@ -38,9 +38,10 @@ def soft_mask(w: jax.Array, ratio: jax.Array, temperature: jax.Array) -> jax.Arr
     [1.0, 1.0, 0.0, 0.0]
     """
     a = jnp.abs(w)
-    kept = jnp.clip(jnp.round((1 - ratio) * a.size).astype(jnp.int32), 1, a.size - 1)
-    t = (kth_largest(a, kept) + kth_largest(a, kept + 1)) / 2
-    return jax.nn.sigmoid((w * w - t * t) / temperature)
+    wanted = jnp.round((1 - ratio) * a.size).astype(jnp.int32)
+    kept = jnp.clip(wanted, 1, max(a.size - 1, 1))
+    t = (kth_largest(a, kept) + kth_largest(a, jnp.minimum(kept + 1, a.size))) / 2
+    return jnp.where(wanted >= a.size, jnp.ones_like(w), jax.nn.sigmoid((w * w - t * t) / temperature))
 
 
 def pdp(*, sparsity: float, epsilon: float = 0.015, temperature: float = 1e-5) -> Transform:

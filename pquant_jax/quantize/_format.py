@@ -53,7 +53,8 @@ def resolve(sites: Mapping[str, SiteSpec], weights: Format, activations: Format,
         if not any(_tree.matches(where, name, spec) for name, spec in sites.items()):
             raise TransformError(f"the rule {where!r} matches no site; {did_you_mean(str(where), sites)}")
     return {
-        name: _tree.first_match(rules, name, activations if spec.kind == "input" else weights) for name, spec in sites.items()
+        name: _tree.first_match(rules, name, activations if spec.kind == "input" else weights, spec)
+        for name, spec in sites.items()
     }
 
 
@@ -76,4 +77,5 @@ def view_of(model: Tree, kifs: Mapping[str, KIF], sites: Mapping[str, SiteSpec])
     leaves = _tree.flatten(model)
     chosen = {n: leaves[n] for n, spec in sites.items() if spec.kind in ("kernel", "bias") and n in leaves}
     quantized = {name: quantize(w, kifs[name], wrap=kifs[name].overflow != "WRAP") for name, w in chosen.items()}
-    return View(_tree.replace(model, quantized), dict(kifs), {})
+    present = {n: fmt for n, fmt in kifs.items() if sites[n].kind not in ("kernel", "bias") or n in leaves}
+    return View(_tree.replace(model, quantized), present, {})

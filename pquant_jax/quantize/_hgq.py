@@ -23,7 +23,7 @@ I_LIMITS = (-23.0, 23.0)
 
 
 class HGQState(NamedTuple):
-    """hyper: beta, beta_end, gamma, decay, freeze.  stage: of the last step.  beta: the one in force.
+    """hyper: beta, beta_end (nan: as beta), decay, freeze, and gamma where it is in use.  stage: of the last step.  beta: the one in force.
 
     k: {site: sign bits}.  i: {site: tracked integer bits} of the activations that wrap.
     """
@@ -85,9 +85,9 @@ def hgq(
 
     def init(params: Params) -> HGQState:
         del params
-        end = beta if beta_end is None else beta_end
+        hypers = hyper(beta=beta, beta_end=float("nan") if beta_end is None else beta_end, decay=decay, freeze=freeze)
         return HGQState(
-            hyper(beta=beta, beta_end=end, gamma=gamma or 0.0, decay=decay, freeze=freeze),
+            hypers if gamma is None else hypers | hyper(gamma=gamma),
             jnp.asarray(Stage.PRETRAIN, jnp.int32),
             jnp.asarray(beta, jnp.float32),
             {name: sign_bits(sites[name], fmt) for name, fmt in formats.items()},
@@ -97,6 +97,8 @@ def hgq(
     def kifs(params: Params, state: HGQState) -> dict[str, KIF]:
         bits, leaves, made = params.extra["hgq"], _tree.flatten(params.model), {}
         for name, fmt in formats.items():
+            if sites[name].kind in ("kernel", "bias") and name not in leaves:  # left out by `masked`
+                continue
             k, f = state.k[name], bits["f"][name]
             i = bits["i"].get(name, state.i.get(name))
             if i is None:
@@ -134,10 +136,14 @@ def hgq(
         del extra
         state = state._replace(stage=jnp.asarray(stage, jnp.int32))
         if stats:  # a calibration over a whole data set: exactly what its ranges need, signs included
-            i = track(params, state, stats, jnp.full((), jnp.inf, jnp.float32))
-            return params, state._replace(i=i, k={**state.k, **{name: _range_sign(stats, name, state.k[name]) for name in i}})
+            f, now = params.extra["hgq"]["f"], event == Event.CALIBRATE
+            exact = track(params, state, stats, jnp.full((), jnp.inf, jnp.float32))
+            i = {name: jnp.where(now, exact[name], old) for name, old in state.i.items()}
+            signs = {n: jnp.where(now, _range_sign(stats, n, f[n], formats[n].rounding), state.k[n]) for n in i}
+            state = state._replace(i=i, k={**state.k, **signs})
         t = epoch.astype(jnp.float32) / jnp.maximum(epochs - 1, 1).astype(jnp.float32)
         start, end = state.hyper["beta"], state.hyper["beta_end"]
+        end = jnp.where(jnp.isnan(end), start, end)
         ramp = jnp.where(start > 0, start * (end / jnp.where(start > 0, start, 1)) ** t, end * t)
         now = jnp.where((event == Event.PRE_EPOCH) & (stage == Stage.TRAIN), ramp, state.beta)
         return params, state._replace(beta=now)
@@ -184,6 +190,6 @@ def _rounded(v: jax.Array, f: jax.Array, rounding: str) -> jax.Array:
     return quantize(v, KIF(jnp.ones_like(f), jnp.full_like(f, 64.0), f, rounding, "WRAP"), wrap=False)
 
 
-def _range_sign(stats: Stats, name: str, k: jax.Array) -> jax.Array:
-    low, _ = _site_range(stats, name, k.shape)
-    return jnp.where(low < 0, jnp.ones_like(k), jnp.zeros_like(k))
+def _range_sign(stats: Stats, name: str, f: jax.Array, rounding: str) -> jax.Array:
+    low, _ = _site_range(stats, name, f.shape)
+    return (_rounded(low, f, rounding) < 0).astype(f.dtype)

@@ -126,10 +126,10 @@ def fit(
                 saved = _kernels(state)
             order = permutation(seed, n, samples, batch_size, shuffle=shuffle)
             state, record = _one_epoch(run, state, slot, n, order, train, val)
+            trained, state = state, _after(run, state, slot, saved)
             history.append(record)
             if slot.stage == last_stage and (best is None or _better(record, best[0], metric)):
-                best = (record, state)
-            state = _after(run, state, slot, saved)
+                best = (record, trained)
             stop = any([callback(record, state) for callback in callbacks])
             ends = n + 1 == len(slots) or slots[n + 1].stage != slot.stage
             if ends or stop or (checkpoint_every and (n + 1) % checkpoint_every == 0):

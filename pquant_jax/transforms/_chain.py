@@ -35,7 +35,7 @@ def chain(*transforms: Transform) -> Transform:
         raise TransformError(f"two transforms of one chain are named {doubled[0]!r}; rename one with pq.named(transform, '...')")
 
     def attach(model: Tree) -> Params:
-        return Params(model, {t.name: t.attach(model).extra[t.name] for t in transforms if t.name in t.attach(model).extra})
+        return Params(model, {name: tree for t in transforms for name, tree in t.attach(model).extra.items()})
 
     def init(params: Params) -> State:
         return {t.name: t.init(params) for t in transforms}
@@ -56,8 +56,7 @@ def chain(*transforms: Transform) -> Transform:
         entering_views, new_extra, new_state = views(params, state), dict(params.extra), dict(state)
         for t, view in zip(transforms, entering_views[:-1], strict=True):
             stepped, new_state[t.name] = getattr(t, hook)(params, state[t.name], view=view, **extra)
-            if t.name in stepped.extra:
-                new_extra[t.name] = stepped.extra[t.name]
+            new_extra.update({name: stepped.extra[name] for name in t.labels(params).extra})  # its own, a chain's are several
         return Params(params.model, new_extra), new_state
 
     def step(params: Params, state: State, *, view: View | None = None, **extra: Any) -> tuple[Params, State]:
@@ -73,7 +72,7 @@ def chain(*transforms: Transform) -> Transform:
 
     def labels(params: Params) -> Params:
         model = jax.tree.map(lambda _: "weights", params.model)
-        return Params(model, {t.name: t.labels(params).extra[t.name] for t in transforms if t.name in params.extra})
+        return Params(model, {name: tree for t in transforms for name, tree in t.labels(params).extra.items()})
 
     needs = frozenset().union(*(t.needs for t in transforms))
     return Transform(f"chain({', '.join(names)})", attach, init, apply, step, boundary, penalty, labels, needs)

@@ -47,13 +47,14 @@ def with_hyper(state: State, /, **values: Any) -> State:
 
 def _hypers(state: State) -> dict[str, Hyper]:
     if isinstance(state, Mapping):
-        return {name: sub.hyper for name, sub in state.items()}
+        return {owner or name: h for name, sub in state.items() for owner, h in _hypers(sub).items()}
     return {"": state.hyper}
 
 
 def _set_hyper(state: State, method: str, name: str, value: Any) -> State:
     if isinstance(state, Mapping):
-        return {**state, method: _set_hyper(state[method], method, name, value)}
+        owner = next(key for key, sub in state.items() if key == method or method in _hypers(sub))
+        return {**state, owner: _set_hyper(state[owner], method, name, value)}
     old = state.hyper[name]
     # a population carries one value per member, hence no check of the shape
     return state._replace(hyper={**state.hyper, name: jnp.asarray(value, old.dtype)})

@@ -312,7 +312,7 @@ def test_error_names_the_place_in_the_model():
             h = nn.relu(nn.Dense(3)(x))
             return function(nn.Dense(3)(h))
 
-    for function, message in ((jnp.tanh, "'tanh'"), (lambda v: v / 3, "division by 3.0"), (lambda v: v**-1, r"x \*\* -1")):
+    for function, message in ((jnp.tanh, "'tanh'"), (lambda v: v / 3, "division by 3.0")):
         inst, view = compressed(pq.from_linen(Layer(), np.zeros((2, 4), np.float32)), np.zeros((2, 4), np.float32))
         with pytest.raises(pq.LoweringError, match=rf"{message} \(near Dense_1/kernel\)"):
             lower.trace(inst, view, {})
