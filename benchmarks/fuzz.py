@@ -86,9 +86,9 @@ class Linen(nn.Module):
 def plain(blocks: tuple[Block, ...], outputs: int, inputs: int) -> pq.Model:
     """The same as a function of one's own; its state holds the running statistics."""
     shapes = dict(enumerate(itertools.pairwise((inputs, *(b.width for b in blocks), outputs))))
-    params = {f"layer{n}": {"w": jnp.zeros(s), "b": jnp.zeros(s[1])} for n, s in shapes.items()}
-    params |= {f"norm{n}": {"scale": jnp.ones(b.width), "bias": jnp.zeros(b.width)} for n, b in enumerate(blocks) if b.norm}
-    state = {f"norm{n}": {"mean": jnp.zeros(b.width), "var": jnp.ones(b.width)} for n, b in enumerate(blocks) if b.norm}
+    params = {f"layer{n}": {"w": np.zeros(s), "b": np.zeros(s[1])} for n, s in shapes.items()}
+    params |= {f"norm{n}": {"scale": np.ones(b.width), "bias": np.zeros(b.width)} for n, b in enumerate(blocks) if b.norm}
+    state = {f"norm{n}": {"mean": np.zeros(b.width), "var": np.ones(b.width)} for n, b in enumerate(blocks) if b.norm}
 
     def forward(p: Any, state: Any, x: jax.Array, *, train: bool, rng: Any) -> tuple[jax.Array, Any]:
         del train, rng
@@ -118,7 +118,7 @@ def random_model(rng: np.random.Generator) -> tuple[pq.Model, int]:
         model = plain(tuple(blocks), outputs, inputs)
     else:
         net, x = Linen(tuple(blocks), outputs), jnp.zeros((1, inputs))
-        variables = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), jax.eval_shape(net.init, jax.random.key(0), x))
+        variables = jax.tree.map(lambda v: np.zeros(v.shape, v.dtype), jax.eval_shape(net.init, jax.random.key(0), x))
         model = pq.from_linen(net, x, variables=variables)
 
     def drawn(path: str, leaf: Any) -> np.ndarray:

@@ -99,9 +99,8 @@ def instrument(
     check_forward(model, shapes)
     ports = jax.tree.map(lambda _: inputs, x) if isinstance(inputs, InputSpec) else inputs
     if jax.tree.structure(ports) != jax.tree.structure(x):
-        raise TraceError(
-            f"inputs has the structure {jax.tree.structure(ports)}, x {jax.tree.structure(x)}; give one InputSpec or one per array"
-        )
+        given, wanted = jax.tree.structure(ports), jax.tree.structure(x)
+        raise TraceError(f"inputs has the structure {given}, x {wanted}; give one InputSpec, or one per array of x")
     folders: dict[str, int] = {}
     for path, leaf in _tree.flatten(model.params).items():
         if _tree.is_kernel(path, leaf):

@@ -23,8 +23,9 @@ I_LIMITS = (-23.0, 23.0)
 
 
 class HGQState(NamedTuple):
-    """hyper: beta, beta_end (nan: as beta), decay, freeze, and gamma where it is in use.  stage: of the last step.  beta: the one in force.
+    """hyper: beta, beta_end (nan: as beta), decay, freeze, and gamma where it is in use.
 
+    stage: of the last step.  beta: the one in force.
     k: {site: sign bits}.  i: {site: tracked integer bits} of the activations that wrap.
     """
 

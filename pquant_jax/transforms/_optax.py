@@ -60,9 +60,9 @@ def optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """`optax.chain(optax.partition({...}, labels), as_optax(compression))`, and nothing else.
 
-    Each label has its own optimizer (default Adam(1e-3) for bits and thresholds), so that the weights' decay never reaches
-    bits, thresholds or duals; duals ascend: their link is followed by `scale(-1)`.  A plain `chain(adam, as_optax(c))` would make Adam
-    *descend* the multipliers.
+    Each label has its own optimizer (default Adam(1e-3) for bits and thresholds), so that the weights' decay never
+    reaches bits, thresholds or duals; duals ascend: their link is followed by `scale(-1)`.  A plain
+    `chain(adam, as_optax(c))` would make Adam *descend* the multipliers.
     """
     ascent = optax.chain(duals if duals is not None else optax.sgd(1e-2), optax.scale(-1.0))
     links: dict[Any, optax.GradientTransformation] = {
