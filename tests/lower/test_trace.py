@@ -129,7 +129,9 @@ def test_values_are_those_of_numpy():
     )
     graph = lower.trace(inst, view, {})
     (x,) = port_grid(graph, 300, np.random.default_rng(1))
-    for ours, want in zip(emulate(graph, [x]), (x[:, ::-1] / 4, np.abs(x) - x**3, np.where(x > 0.5, x, 0.25), x.mean(1)), strict=True):
+    for ours, want in zip(
+        emulate(graph, [x]), (x[:, ::-1] / 4, np.abs(x) - x**3, np.where(x > 0.5, x, 0.25), x.mean(1)), strict=True
+    ):
         np.testing.assert_array_equal(ours, want)
 
 
@@ -184,7 +186,9 @@ class Net(nn.Module):
 @pytest.fixture(scope="module")
 def net() -> tuple[pq.Instrumented, pq.View, Any]:
     """`Net` with statistics that are no powers of two."""
-    inst, view = compressed(pq.from_linen(Net(), np.zeros((2, 4), np.float32)), np.zeros((2, 4), np.float32), port=pq.InputSpec(1, 3, 3))
+    inst, view = compressed(
+        pq.from_linen(Net(), np.zeros((2, 4), np.float32)), np.zeros((2, 4), np.float32), port=pq.InputSpec(1, 3, 3)
+    )
     rng = np.random.default_rng(0)
     stats = {"mean": jnp.asarray(rng.normal(0, 1, 6), jnp.float32), "var": jnp.asarray(rng.uniform(0.3, 3, 6), jnp.float32)}
     return inst, view, {"batch_stats": {"BatchNorm_0": stats}}
