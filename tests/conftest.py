@@ -30,29 +30,3 @@ def key() -> jax.Array:
 def hgq2() -> dict[str, Any]:
     """What HGQ2 and `quantizers` answered; see golden/README.md."""
     return json.loads((Path(__file__).parent / "golden" / "hgq2.json").read_text())
-
-
-# Suites that were written last and show defects that are not mended yet, or were never run on a quiet machine.  Their
-# failures are reported as xfail and do not stop CI; take a line out once its suite is green, the aim is an empty tuple.
-UNSETTLED = (
-    "tests/graph/",
-    "tests/train/",
-    "tests/lower/",
-    "tests/numerics/test_ap_fixed.py",
-    "tests/numerics/test_scalars.py",
-    "tests/numerics/test_properties.py",
-    "tests/numerics/test_exhaustive.py",
-    "tests/quantize/",
-    "tests/zoo/",
-    "tests/test_contract.py",
-    "tests/test_notebooks.py",
-    "tests/test_run",
-    "tests/test_cli",
-    "tests/test_config",
-)
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.nodeid.startswith(UNSETTLED):
-            item.add_marker(pytest.mark.xfail(reason="unsettled suite: see UNSETTLED in tests/conftest.py", strict=False))

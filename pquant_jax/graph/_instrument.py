@@ -17,8 +17,8 @@ from pquant_jax._errors import TraceError, did_you_mean
 from pquant_jax.graph import _ebops
 from pquant_jax.graph._interpret import PRODUCTS, Const, batch_axes, bind, contains_product, flatten, inner, live, nested
 from pquant_jax.graph._models import Model, as_model, check_forward
-from pquant_jax.graph._values import Value, constant, expand, is_parameter, outputs, prefix
-from pquant_jax.numerics import kif, oracle, quantize, reduce_axis, site_p
+from pquant_jax.graph._values import Value, bound, constant, expand, is_parameter, outputs, prefix
+from pquant_jax.numerics import kif, oracle, quantize, site_p
 
 
 class Instrumented(NamedTuple):
@@ -303,10 +303,18 @@ def _plain(run: _Run, v: Value) -> Value:
         root = scale.leaf[0] if scale.leaf is not None else home
         q = _at_site(run, base, _input_name(run, root if scale.leaf is not None else f"{home}/fused_scale"), "input", shared=True)
         y = q.val * _parameter(run, scale, "scale", f"{home}/fused_scale").val
+    rises = None
     if offset is not None:
-        y = y + _parameter(run, offset, "offset", f"{home}/fused_offset").val
-    v.on_grid = Value(y, v.batch, True)
+        shift = _parameter(run, offset, "offset", f"{home}/fused_offset").val
+        y = y + shift
+        rises = (base, lambda v: v + _one_sample(shift, v, base.batch)) if scale is None else None
+    v.on_grid = Value(y, v.batch, True, rises=rises)
     return v.on_grid
+
+
+def _one_sample(shift: Any, like: Any, batch: int | None) -> Any:
+    """What is the same for all samples, without the batch axis if it was broadcast to one."""
+    return jnp.take(shift, 0, batch) if jnp.ndim(shift) > jnp.ndim(like) else shift
 
 
 def _parameter(run: _Run, v: Value, kind: str, derived_name: str) -> Value:
@@ -357,7 +365,7 @@ def _at_site(run: _Run, v: Value, name: str, kind: str, *, shared: bool = False)
     run.specs[name] = spec
     axis = v.batch
     x = v.val
-    run.ranges[name] = _range(x, axis, v.signed)
+    run.ranges[name] = _range(v)
     fmt = run.view.sites.get(name)
     if fmt is not None:
         k, i, f = (expand(part, axis, jnp.ndim(x)) for part in (fmt.k, fmt.i, fmt.f))
@@ -370,9 +378,9 @@ def _at_site(run: _Run, v: Value, name: str, kind: str, *, shared: bool = False)
     return made
 
 
-def _range(x: Any, axis: int | None, signed: bool) -> tuple[Any, Any]:
+def _range(v: Value) -> tuple[Any, Any]:
     """(low, high) over the batch; the low of a site that can't be negative is given as 0, which its width does not notice."""
-    if axis is None:
-        return x, x
-    high = reduce_axis(x, "max", axis)
-    return (reduce_axis(x, "min", axis) if signed else jnp.zeros_like(high)), high
+    if v.batch is None:
+        return v.val, v.val
+    high = bound(v, "max")
+    return (bound(v, "min") if v.signed else jnp.zeros_like(high)), high

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from pquant_jax._errors import TraceError
@@ -72,7 +75,7 @@ def inner(eqn: Any) -> tuple[Jaxpr, Sequence[Any]] | None:
 
 
 def flatten(closed: ClosedJaxpr, opaque: Callable[[Any], bool] = lambda eqn: False) -> Program:
-    """Inline every call except those that `opaque(eqn)` wants to keep whole."""
+    """Inline every call except those that `opaque(eqn)` wants to keep whole; products keep the axes that operands share."""
     steps: list[Step] = []
     count = 0
 
@@ -102,7 +105,68 @@ def flatten(closed: ClosedJaxpr, opaque: Callable[[Any], bool] = lambda eqn: Fal
 
     inputs = tuple(fresh() for _ in closed.jaxpr.invars)
     outputs = walk(closed.jaxpr, closed.consts, inputs, "")
-    return Program(tuple(steps), inputs, tuple(outputs))
+    return Program(_keep_shared_axes(steps, outputs, fresh), inputs, tuple(outputs))
+
+
+def _keep_shared_axes(steps: Sequence[Step], outputs: Sequence[int | Const], fresh: Callable[[], int]) -> tuple[Step, ...]:
+    """`jnp.matmul` with axes of size 1 that both operands share kept in the product, as it keeps larger ones.
+
+    It squeezes them away and puts them back behind the product.  The batch of one sample is such an axis: in between it
+    would have no place, and the product would read other values than in a larger batch.
+    """
+    made = {slot: step for step in steps for slot in step.outs}
+    reads = Counter(v for v in (*(v for step in steps for v in step.ins), *outputs) if isinstance(v, int))
+
+    def source(v: int | Const, name: str) -> Step | None:
+        """The step `name` that gives v, if v is read once."""
+        step = made.get(v) if isinstance(v, int) and reads[v] == 1 else None
+        return step if step is not None and step.eqn.primitive.name == name else None
+
+    kept: list[Step] = []
+    gone: set[int] = set()
+    for step in steps:
+        kept.append(step)
+        if step.eqn.primitive.name != "broadcast_in_dim":
+            continue
+        turn = source(step.ins[0], "transpose")
+        dot = source(step.ins[0] if turn is None else turn.ins[0], "dot_general")
+        squeezes = [] if dot is None else [s for v in dot.ins if (s := source(v, "squeeze")) is not None]
+        product = None if dot is None or len(squeezes) < 2 else _whole_product(dot, squeezes, turn, step)
+        if dot is None or product is None:
+            continue
+        kept.pop()
+        gone.update(s.outs[0] for s in (dot, turn, *squeezes) if s is not None)
+        place = dict(zip(product.inputs, (s.ins[0] for s in squeezes), strict=True))
+        for part in product.steps:
+            outs = tuple(step.outs[0] if v in product.outputs else fresh() for v in part.outs)
+            kept.append(Step(part.eqn, tuple(place[v] if isinstance(v, int) else v for v in part.ins), outs, dot.scope))
+            place.update(zip(part.outs, outs, strict=True))
+    return tuple(s for s in kept if not gone.intersection(s.outs))
+
+
+def _whole_product(dot: Step, squeezes: Sequence[Step], turn: Step | None, back: Step) -> Program | None:
+    """The program of both operands for squeeze, dot_general, transpose and `back`; None if `back` does not undo a squeeze.
+
+    An axis that `back` adds is that of both operands which is as far from the end; JAX's batching gives the product.
+    """
+    small, whole, placed = back.eqn.invars[0].aval.shape, back.eqn.outvars[0].aval.shape, back.eqn.params["broadcast_dimensions"]
+    added = [d for d in range(len(whole)) if d not in placed]
+    operands = [s.eqn.invars[0].aval for s in squeezes]
+    shared = [[d - len(whole) + len(v.shape) for d in added] for v in operands]
+    squeezed = [s.eqn.params["dimensions"] for s in squeezes]
+    if not added or tuple(whole[d] for d in placed) != small or any(whole[d] != 1 for d in added):
+        return None
+    if any(not set(axes) <= set(dims) for axes, dims in zip(shared, squeezed, strict=True)):
+        return None
+    rest = [[d - sum(a < d for a in axes) for d in dims if d not in axes] for axes, dims in zip(shared, squeezed, strict=True)]
+
+    def product(*values: Any) -> Any:
+        y = bind(dot.eqn, [lax.squeeze(v, dims) for v, dims in zip(values, rest, strict=True)])[0]
+        return y if turn is None else lax.transpose(y, turn.eqn.params["permutation"])
+
+    for *axes, d in zip(*shared, added, strict=True):
+        product = jax.vmap(product, tuple(axes), d)
+    return flatten(jax.make_jaxpr(product)(*(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in operands)))
 
 
 def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
@@ -172,10 +236,13 @@ def _batch_of(eqn: Any, batch: list[int | None], result: int) -> int | None:
     if name == "broadcast_in_dim":
         return int(params["broadcast_dimensions"][b])
     if name == "squeeze":
+        if b in params["dimensions"]:
+            raise TraceError(f"squeeze {shape} -> {out} drops the batch of one sample (axis {b}); name the axes to squeeze")
         return b - sum(a < b for a in params["dimensions"])
     if name == "reshape":
         before = int(np.prod(shape[:b]))
-        for a in range(len(out)):
+        # several places fit a batch of one alone: it stays where it is, if it can
+        for a in sorted(range(len(out)), key=lambda a: a != b):
             if int(np.prod(out[:a])) == before and out[a] == shape[b]:
                 return a
         raise TraceError(f"reshape {shape} -> {out} mixes the batch (axis {b}) with other axes; keep samples apart")

@@ -15,9 +15,7 @@ from pquant_jax.graph import Const, Instrumented, bind, flatten
 from pquant_jax.lower.ir import Graph, Node, validate
 from pquant_jax.numerics import mask_p, quantize_p
 
-_IDENTITY: Final = frozenset(
-    "convert_element_type copy stop_gradient optimization_barrier reduce_precision site sharding_constraint".split()
-)
+_IDENTITY: Final = frozenset("copy stop_gradient optimization_barrier site sharding_constraint".split())
 _REARRANGE: Final = frozenset("reshape transpose squeeze expand_dims broadcast_in_dim slice rev".split())
 _BINARY: Final = {n: n for n in ("add", "sub", "mul", "max", "min", "ge", "gt", "le", "lt", "eq", "ne")}
 _REDUCE: Final = {"reduce_sum": "sum", "reduce_max": "amax", "reduce_min": "amin"}
@@ -105,8 +103,7 @@ def _lower(
         arrays = [jnp.asarray(v, var.aval.dtype) for v, var in zip(ins, eqn.invars, strict=True)]
         return [np.asarray(o) for o in bind(eqn, arrays)]
     name, shape = eqn.primitive.name, tuple(eqn.outvars[0].aval.shape)
-    where = scope.rsplit("jit(", 1)[-1] if scope else name
-    if name in _IDENTITY:
+    if name in _IDENTITY or _keeps_precision(eqn):
         return [ins[0]]
     if eqn.primitive is quantize_p:
         return [_quantize(build, eqn, ins, shape, scope, ports)]
@@ -116,18 +113,40 @@ def _lower(
         return [_rearrange(build, eqn, ins)]
     if name in _BINARY:
         return [_add(build, _BINARY[name], [_broadcast(build, v, shape) for v in ins], shape, scope)]
-    rule = _RULES.get(name)
-    if rule is None:
-        raise _unsupported(name, where)
+    rule = _RULES.get(name, _unsupported)
     return [rule(build, eqn, ins, shape, scope)]
 
 
-def _unsupported(name: str, where: str) -> LoweringError:
-    if name in _TABLES:
+def _keeps_precision(eqn: Any) -> bool:
+    """Does a conversion keep every value?  An integer that a float rounds is too wide an accumulator, which is checked."""
+    if eqn.primitive.name == "reduce_precision":
+        kept = jnp.finfo(eqn.invars[0].aval.dtype)
+        return eqn.params["exponent_bits"] >= kept.nexp and eqn.params["mantissa_bits"] >= kept.nmant
+    if eqn.primitive.name != "convert_element_type":
+        return False
+    old, new = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
+    return np.can_cast(old, new) or (jnp.issubdtype(old, jnp.integer) and new == np.float32)
+
+
+def _refusal(build: _Nodes, ins: Sequence[int | np.ndarray], scope: str, what: str, why: str) -> LoweringError:
+    """The error for an operation, near the last thing with a name that its operands came from."""
+    pending = {v for v in ins if isinstance(v, int)}
+    while pending and not scope:
+        latest = max(pending)
+        scope = build[latest].name
+        pending = (pending - {latest}) | set(build[latest].inputs)
+    return LoweringError(f"can't lower {what} (near {scope or 'the input'}): {why}")
+
+
+def _unsupported(build: _Nodes, eqn: Any, ins: list[int | np.ndarray], shape: tuple[int, ...], scope: str) -> int:
+    name = eqn.primitive.name
+    what, why = repr(name), "it has no fixed-point form here; keep it outside the compressed model"
+    if name == "convert_element_type":
+        what = f"the conversion of {eqn.invars[0].aval.dtype} to {eqn.outvars[0].aval.dtype}"
+        why = "it changes values; quantize them to the format that is meant"
+    elif name in _TABLES:
         why = "it is transcendental and has no exact fixed-point form without a table; use relu, or piecewise-linear max and min"
-    else:
-        why = "it has no fixed-point form here; keep it outside the compressed model"
-    return LoweringError(f"can't lower {name!r} (near {where}): {why}")
+    raise _refusal(build, ins, scope, what, why)
 
 
 def _quantize(
@@ -211,7 +230,7 @@ def _unary(op: str) -> Callable[..., int]:
 def _power(build: _Nodes, eqn: Any, ins: list[int | np.ndarray], shape: tuple[int, ...], scope: str) -> int:
     y = eqn.params.get("y", 2)
     if y < 1:
-        raise LoweringError(f"can't lower x ** {y} (near {scope}): a negative power needs a table; use a positive one")
+        raise _refusal(build, ins, scope, f"x ** {y}", "a negative power needs a table; use a positive one")
     x = _node(build, ins[0])
     out = x
     for _ in range(y - 1):
@@ -223,16 +242,14 @@ def _divide(build: _Nodes, eqn: Any, ins: list[int | np.ndarray], shape: tuple[i
     divisor = ins[1]
     if not isinstance(divisor, np.ndarray) or not np.all(np.abs(np.frexp(divisor)[0]) == 0.5):
         what = "a value" if not isinstance(divisor, np.ndarray) else f"{np.ravel(divisor)[0]}"
-        raise LoweringError(
-            f"can't lower a division by {what} (near {scope}): only powers of two are exact; multiply by a constant"
-        )
-    factors = [_broadcast(build, ins[0], shape), _broadcast(build, 1.0 / np.asarray(divisor, np.float64), shape)]
-    return _add(build, "mul", factors, shape, scope)
+        raise _refusal(build, ins, scope, f"a division by {what}", "only powers of two are exact; multiply by a constant")
+    factor = np.asarray(1.0 / np.asarray(divisor, np.float64))  # a quotient of scalars is no array
+    return _add(build, "mul", [_broadcast(build, v, shape) for v in (ins[0], factor)], shape, scope)
 
 
 def _select(build: _Nodes, eqn: Any, ins: list[int | np.ndarray], shape: tuple[int, ...], scope: str) -> int:
     if len(ins) != 3:
-        raise LoweringError(f"can't lower a choice between {len(ins) - 1} cases (near {scope}); nest jnp.where with two")
+        raise _refusal(build, ins, scope, f"a choice between {len(ins) - 1} cases", "nest jnp.where with two")
     return _add(build, "select", [_broadcast(build, v, shape) for v in ins], shape, scope)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from pquant_jax.graph import Instrumented
 from pquant_jax.lower.emulate import emulate, flatten_batch, port_grid, to_codes, trace_values
 from pquant_jax.lower.ir import Graph, label
 from pquant_jax.lower.ranges import check_exact, check_float32, intervals
+from pquant_jax.numerics import quantize
 
 _CHUNK = 4096
 
@@ -65,8 +67,9 @@ def verify(
     counts: dict[str, int | None] = dict.fromkeys(("emulator", "da4ml", "rtl_comb", "rtl_pipelined"))
     say("JAX forward")
     counts["emulator"] = _compare(
-        "the JAX forward", forward_outputs(inst, view, model_state, inputs), codes, f, graph, inputs, None
-    )
+        "the JAX forward", forward_outputs(inst, view, model_state, inputs), codes, f, graph, inputs,
+        partial(_jax_nodes, inst, view, model_state),
+    )  # fmt: skip
     flat = flatten_batch(inputs)
     if comb is not None:
         from pquant_jax.lower.backends import da4ml
@@ -115,7 +118,7 @@ def _compare(
     count = int(wrong.sum())
     if count:
         n, element = (int(v) for v in np.argwhere(wrong)[0])
-        place = _first_node(graph, inputs, n, nodes) or f"output element {element}"
+        place = _first_node(graph, inputs, n, nodes) or _output_place(graph, element)
         raise VerifyError(
             f"{name} differs from the emulator in {count} of {codes.size} integers; first at vector {n}, {place}: "
             f"output {element} is {scaled[n, element]:g} * 2^{-f[element]}, the emulator has {codes[n, element]}"
@@ -123,24 +126,46 @@ def _compare(
     return 0
 
 
+def _output_place(graph: Graph, element: int) -> str:
+    """The output that holds an element of the flattened outputs."""
+    ends = np.cumsum([int(np.prod(graph.nodes[j].shape)) for j in graph.outputs])
+    output = int(np.searchsorted(ends, element, side="right"))
+    start = ends[output] - int(np.prod(graph.nodes[graph.outputs[output]].shape))
+    return f"node {label(graph, graph.outputs[output])}, element {element - start}"
+
+
 def _first_node(graph: Graph, inputs: Sequence[np.ndarray], n: int, nodes: Callable | None) -> str | None:
-    """The first quantizer whose value differs on vector `n`, for an implementation that can be lowered node by node."""
+    """The first quantizer that differs on vector `n`, for an implementation that can be read at its quantizers."""
     if nodes is None:
         return None
     one = [v[n : n + 1] for v in inputs]
-    for index, theirs, ours in nodes(graph, one, trace_values(graph, one)):
+    for index, what, theirs, ours in nodes(graph, one, trace_values(graph, one)):
         wrong = np.argwhere(np.ravel(theirs) != np.ravel(ours))
         if len(wrong):
             at = int(wrong[0][0])
-            return f"node {label(graph, index)}, element {at} ({np.ravel(theirs)[at]:g}, emulator {np.ravel(ours)[at]:g})"
+            values = f"{what}{np.ravel(theirs)[at]:g}, emulator {np.ravel(ours)[at]:g}"
+            return f"node {label(graph, index)}, element {at} ({values})"
     return None
 
 
+def _jax_nodes(
+    inst: Instrumented, view: View, model_state: Tree, graph: Graph, one: Sequence[np.ndarray], ours: Sequence[np.ndarray]
+) -> Any:
+    """(node, what, JAX's value, the emulator's) of what enters and what leaves every site; one sample is its own range."""
+    x = jax.tree.unflatten(jax.tree.structure(inst.sample), [jnp.asarray(v, jnp.float32) for v in one])
+    ranges = inst.capture(view, model_state, x, train=False)[2]["range"]
+    for index, node in enumerate(graph.nodes):
+        if node.op == "quantize" and node.name in ranges:
+            entering = ranges[node.name][1]
+            yield index, "it reads ", entering, ours[node.inputs[0]]
+            yield index, "", quantize(entering, view.sites[node.name]), ours[index]
+
+
 def _da4ml_nodes(graph: Graph, one: Sequence[np.ndarray], ours: Sequence[np.ndarray]) -> Any:
-    """(node, da4ml's value, the emulator's) of every quantizer, from netlists that end there."""
+    """(node, what, da4ml's value, the emulator's) of every quantizer, from netlists that end there."""
     from pquant_jax.lower.backends import da4ml
 
     for index, node in enumerate(graph.nodes):
         if node.op == "quantize":
             comb = da4ml.to_comb(graph._replace(outputs=(index,)))
-            yield index, da4ml.predict(comb, flatten_batch(one))[0], ours[index][0]
+            yield index, "", da4ml.predict(comb, flatten_batch(one))[0], ours[index][0]

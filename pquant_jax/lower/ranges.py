@@ -38,7 +38,8 @@ def intervals(graph: Graph) -> list[Interval]:
             raise LoweringError(
                 f"{label(graph, index)}: holds NaN or infinity, which is on no fixed-point grid; check the parameters"
             )
-        known.append(_interval(node, [known[j] for j in node.inputs]))
+        own = _interval(node, [known[j] for j in node.inputs])
+        known.append(Interval(*map(np.asarray, own)))  # numpy makes numbers of arrays without axes
     return known
 
 

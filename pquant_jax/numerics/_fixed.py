@@ -181,20 +181,27 @@ def total_bits(fmt: KIF, *, compat: str | None = None) -> jax.Array:
 def ceil_log2(v: jax.Array) -> jax.Array:
     """Smallest integer n with 2^n >= v, exact for normal positive float32 (read off the exponent field); float32."""
     bits = jax.lax.bitcast_convert_type(v.astype(jnp.float32), jnp.int32)
-    exponent = (bits >> _MANTISSA_BITS) - _EXPONENT_BIAS
     fraction = bits & ((1 << _MANTISSA_BITS) - 1)
-    return (exponent + (fraction != 0).astype(jnp.int32)).astype(jnp.float32)
+    return _floor_log2(v) + (fraction != 0)
+
+
+def _floor_log2(v: jax.Array) -> jax.Array:
+    """Largest integer n with 2^n <= v, as exact as `ceil_log2`; float32."""
+    bits = jax.lax.bitcast_convert_type(v.astype(jnp.float32), jnp.int32)
+    return ((bits >> _MANTISSA_BITS) - _EXPONENT_BIAS).astype(jnp.float32)
 
 
 def integer_bits(low: jax.Array, high: jax.Array, f: jax.Array) -> jax.Array:
     """Fewest integer bits i so that every value of the grid 2^-f in [low, high] fits: -2^i <= low, high <= 2^i - 2^-f.
 
     low and high are tracked separately: [-1, 0.5] at f = 3 needs i = 0, where a bound on max |x| alone would say 1.
-    An interval that holds only 0 needs i = -f, width zero.  No gradient.
+    An interval that holds only 0 needs i = -f, width zero.  Values between the grid's points do not count: round the
+    range first where they will be rounded.  No gradient.
     """
     low, high, fr = (jax.lax.stop_gradient(v) for v in (low, high, jnp.round(f)))
-    step = power_of_two(-fr, jnp.float32)
-    tiny = jnp.finfo(jnp.float32).tiny
-    need_high = jnp.where(high > 0, ceil_log2(jnp.maximum(high + step, tiny)), -fr)
-    need_low = jnp.where(low < 0, ceil_log2(jnp.maximum(-low, tiny)), -fr)
-    return jnp.maximum(jnp.maximum(need_high, need_low), -fr)
+    scale, one = power_of_two(fr, jnp.float32), jnp.float32(1)
+    # code <= 2^n - 1 is code < 2^n; both ends as codes, where code + 1 would be rounded from 2^24 on
+    first, last = jnp.floor(-low * scale), jnp.floor(high * scale)
+    need_low = jnp.where(first >= 1, ceil_log2(jnp.maximum(first, one)), 0)
+    need_high = jnp.where(last >= 1, _floor_log2(jnp.maximum(last, one)) + 1, 0)
+    return jnp.maximum(need_low, need_high) - fr

@@ -20,7 +20,7 @@ from jax.interpreters import ad, batching, mlir
 
 from pquant_jax._base import KIF
 from pquant_jax.numerics import _fixed
-from pquant_jax.numerics._reduce import reduce_axis
+from pquant_jax.numerics._reduce import reduce_axis, settle
 
 quantize_p = Primitive("quantize")
 mask_p = Primitive("mask")
@@ -105,6 +105,7 @@ def _quantize_vjp(rounding: str, overflow: str, wrap: bool):
     def backward(residuals, u):
         x, k, i, f = residuals
         dx, di, df = _fixed.quantize_gradients(x, k, i, f, u, **modes)
+        dx = settle(dx) if f.size == x.size else dx  # a weight's: pruning and the optimizer read it
         return dx, jnp.zeros_like(k), _unbroadcast(di, i.shape), _unbroadcast(df, f.shape)
 
     quantize_with_gradient.defvjp(forward, backward)

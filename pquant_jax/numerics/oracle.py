@@ -40,11 +40,11 @@ def round_codes(y: np.ndarray, rounding: str) -> np.ndarray:
 def quantize_codes(x, k, i, f, *, rounding: str = "RND", overflow: str = "SAT") -> np.ndarray:
     """Integer codes n with `quantize(x) = n * 2^-f`; float64 that holds integers.
 
-    k in {0, 1} sign bit, i integer bits without the sign, f fractional bits; i and f may be negative.  Range of the
-    codes: [-k * 2^(i+f), 2^(i+f) - 1], and 0 alone wherever k + i + f <= 0.
+    k in {0, 1} sign bit, i integer bits without the sign, f fractional bits; i and f may be negative, and count as
+    their round half to even.  Range of the codes: [-k * 2^(i+f), 2^(i+f) - 1], and 0 alone wherever k + i + f <= 0.
     """
-    x, k, i, f = np.broadcast_arrays(np.asarray(x, np.float64), k, i, f)
-    k, i, f = (np.asarray(v).astype(np.int64) for v in (k, i, f))
+    x, k, i, f = np.broadcast_arrays(np.asarray(x, np.float64), k, _whole(i), _whole(f))
+    k = np.asarray(k).astype(np.int64)
     n = round_codes(np.ldexp(x, f), rounding)
     span = np.ldexp(1.0, np.maximum(i + f, 0))
     high, low = span - 1, -span * k
@@ -69,4 +69,8 @@ def quantize(x, k, i, f, *, rounding: str = "RND", overflow: str = "SAT") -> np.
     >>> float(quantize(0.49999997, 1, 3, 0)), float(quantize(5.3, 1, 2, 2, overflow="WRAP"))
     (0.0, -2.75)
     """
-    return np.ldexp(quantize_codes(x, k, i, f, rounding=rounding, overflow=overflow), -np.asarray(f).astype(np.int64))
+    return np.ldexp(quantize_codes(x, k, i, f, rounding=rounding, overflow=overflow), -_whole(f))
+
+
+def _whole(v) -> np.ndarray:
+    return np.rint(np.asarray(v)).astype(np.int64)

@@ -30,7 +30,8 @@ from pquant_jax.train._step import (
     make_step,
     permutation,
 )
-from pquant_jax.transforms import as_optax, boundary, identity, state_of
+from pquant_jax.transforms import CompressionState, as_optax, boundary, identity, state_of
+from pquant_jax.transforms import optimizer as partitioned
 
 Record = dict[str, Any]
 Callback = Callable[[Record, TrainState], "bool | None"]
@@ -59,6 +60,19 @@ class _Run(NamedTuple):
     traces: list[int]
 
 
+class _Progress(NamedTuple):
+    """What belongs to the same `done` epochs, replaced as one: an interrupt finds either all of an epoch or nothing.
+
+    saved: the kernels kept for a rewind.  best: (record, state) of the best epoch so far of the last stage.
+    """
+
+    done: int
+    state: TrainState
+    saved: dict[str, Any]
+    history: list[Record]
+    best: tuple[Record, TrainState] | None
+
+
 def fit(
     inst: Instrumented,
     data: Any,
@@ -84,66 +98,77 @@ def fit(
       data: a `Dataset`, or anything with `train` and `val` that have x, y and weight.  Put on the input ports here.
       loss, metric: of (prediction, target), one value per sample.
       compression: a transform; None trains the float model.
-      optimizer: `pq.optimizer(compression, ...)` or a chain of your own that ends in `pq.as_optax(compression)`;
-        default Adam(1e-3) everywhere.
+      optimizer: `pq.optimizer(compression, ...)` or a chain of your own that ends in `pq.as_optax(compression)`, which
+        the float model's may lack; default Adam(1e-3) everywhere.
       seed: of the shuffling and of dropout.
       params: model parameters to start from, such as a trained float model's.
       callbacks: each gets (record, state) after every epoch; True stops the training.
-      checkpoints: folder; one checkpoint per stage, and one every `checkpoint_every` epochs.  resume: go on from the newest.
-    Raises: TrainingError if the loss stops being finite (the last checkpoint stays), DataError if a batch is larger
-      than the training set.
+      checkpoints: folder; one per stage, one every `checkpoint_every` epochs, one on Ctrl-C.  resume: go on from the newest.
+    Raises: TrainingError if the loss or a parameter stops being finite (the last checkpoint stays), DataError if a batch
+      is larger than the training set.
     """
     compression = identity() if compression is None else compression
-    tx = _link(compression, optimizer)
-    train, val = (Batch(*_on_device(inst, split)) for split in (data.train, data.val))
-    samples = jax.tree.leaves(train.x)[0].shape[0]
-    if samples < batch_size:
-        raise DataError(f"batch_size is {batch_size}, the training set has {samples} samples; choose a smaller batch")
+    tx = _link(inst, compression, optimizer)
+    train, val, samples = _batches(inst, data, batch_size)
     state = init_state(inst, compression, tx, seed=seed, params=params)
     view = jax.eval_shape(lambda s: view_of(compression, s), state)
     run = _compile(inst, compression, tx, loss, metric, quantized=set(inst.sites) <= set(view.sites))
-    slots, history, saved, best = schedule(plan), [], _kernels(state), None
-    first = 0
-    if resume:
-        trees, meta = _checkpoint.load(_folder(checkpoints), dict(state=state, saved=saved, best=state))
-        state, saved, history, first = TrainState(*trees["state"]), trees["saved"], meta["history"], meta["epoch"]
-        best = (meta["best"], TrainState(*trees["best"])) if meta["best"] is not None else None
-    else:
-        for event, stage in opening(plan):
-            state = run.tell(state, event, stage, 0, 1)
-    last_stage = slots[-1].stage
-
-    def checkpoint(done: int, *, keep: bool) -> None:
-        if checkpoints is not None:
-            record, chosen = best if best is not None else (None, state)
-            trees = dict(state=state, saved=saved, best=chosen)
-            _checkpoint.save(_folder(checkpoints), done, trees, dict(history=history, best=record), keep=keep)
-
-    n = first
+    slots = schedule(plan)
+    now = _resumed(_folder(checkpoints), state) if resume else _begun(run, plan, state)
     try:
-        for n, slot in enumerate(slots[first:], first):
-            if slot.save:
-                saved = _kernels(state)
+        for n, slot in enumerate(slots[now.done :], now.done):
             order = permutation(seed, n, samples, batch_size, shuffle=shuffle)
-            state, record = _one_epoch(run, state, slot, n, order, train, val)
-            trained, state = state, _after(run, state, slot, saved)
-            history.append(record)
-            if slot.stage == last_stage and (best is None or _better(record, best[0], metric)):
-                best = (record, trained)
-            stop = any([callback(record, state) for callback in callbacks])
+            now = _next(run, now, slot, order, train, val, last=slot.stage == slots[-1].stage, metric=metric)
+            stop = any([callback(now.history[-1], now.state) for callback in callbacks])
             ends = n + 1 == len(slots) or slots[n + 1].stage != slot.stage
             if ends or stop or (checkpoint_every and (n + 1) % checkpoint_every == 0):
-                checkpoint(n + 1, keep=ends)
+                _save(checkpoints, now, keep=ends)
             if stop:
                 break
     except KeyboardInterrupt:
-        if history and history[-1]["epoch"] == n:
-            checkpoint(n + 1, keep=True)
+        if now.done:
+            _save(checkpoints, now, keep=True)
         raise
-    record, chosen = best if best is not None else (history[-1], state)
-    chosen = calibrate(inst, compression, chosen, [train.x, val.x])
+    return _result(inst, compression, now, [train.x, val.x], run.traces[0])
+
+
+def _result(inst: Instrumented, compression: Transform, now: _Progress, inputs: Sequence[Any], traces: int) -> Result:
+    record, chosen = now.best if now.best is not None else (now.history[-1], now.state)
+    chosen = calibrate(inst, compression, chosen, inputs)
     view = jax.jit(lambda s: view_of(compression, s))(chosen)
-    return Result(chosen, view, history, record, run.traces[0], sum(r["seconds"] for r in history))
+    return Result(chosen, view, now.history, record, traces, sum(r["seconds"] for r in now.history))
+
+
+def _begun(run: _Run, plan: Plan, state: TrainState) -> _Progress:
+    for event, stage in opening(plan):
+        state = run.tell(state, event, stage, 0, 1)
+    return _Progress(0, state, _kernels(state), [], None)
+
+
+def _next(
+    run: _Run, now: _Progress, slot: Slot, order: np.ndarray, train: Batch, val: Batch, *, last: bool, metric: Metric
+) -> _Progress:
+    """One epoch further, with the events after it.  last: it is of the last stage, whose best epoch is wanted."""
+    saved = _kernels(now.state) if slot.save else now.saved
+    state, record = _one_epoch(run, now.state, slot, now.done, order, train, val)
+    best = now.best
+    if last and (best is None or _better(record, best[0], metric)):
+        best = (record, state)
+    return _Progress(now.done + 1, _after(run, state, slot, saved), saved, [*now.history, record], best)
+
+
+def _save(checkpoints: str | Path | None, now: _Progress, *, keep: bool) -> None:
+    if checkpoints is not None:
+        record, chosen = now.best if now.best is not None else (None, now.state)
+        trees = dict(state=now.state, saved=now.saved, best=chosen)
+        _checkpoint.save(_folder(checkpoints), now.done, trees, dict(history=now.history, best=record), keep=keep)
+
+
+def _resumed(folder: Path, state: TrainState) -> _Progress:
+    """What `_save` wrote last.  state: a fresh one, for its structure."""
+    trees, meta = _checkpoint.load(folder, dict(state=state, saved=_kernels(state), best=state))
+    best = (meta["best"], TrainState(*trees["best"])) if meta["best"] is not None else None
+    return _Progress(meta["epoch"], TrainState(*trees["state"]), trees["saved"], meta["history"], best)
 
 
 def _folder(checkpoints: str | Path | None) -> Path:
@@ -152,13 +177,16 @@ def _folder(checkpoints: str | Path | None) -> Path:
     return Path(checkpoints)
 
 
-def _link(compression: Transform, optimizer: Any) -> Any:
+def _link(inst: Instrumented, compression: Transform, optimizer: Any) -> Any:
     """The optimizer, with `as_optax` behind it where the caller left the float model's optimizer bare."""
-    from pquant_jax.transforms import optimizer as partitioned
-
     if optimizer is None:
         return partitioned(compression, weights=optax.adam(1e-3))
-    return optax.chain(optimizer, as_optax(compression)) if compression.name == "identity" else optimizer
+    if compression.name != "identity":
+        return optimizer
+    opt_state = jax.eval_shape(lambda model: optimizer.init(compression.attach(model)), inst.model.params)
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, CompressionState))
+    linked = any(isinstance(node, CompressionState) for node in leaves)
+    return optimizer if linked else optax.chain(optimizer, as_optax(compression))
 
 
 def _compile(inst: Instrumented, compression: Transform, tx: Any, loss: Callable, metric: Metric, *, quantized: bool) -> _Run:
@@ -179,7 +207,13 @@ def _compile(inst: Instrumented, compression: Transform, tx: Any, loss: Callable
     def told(state: TrainState, event: Event, stage: Stage, epoch: int, epochs: int) -> TrainState:
         return tell(state, *(np.int32(v) for v in (event, stage, epoch, epochs)))
 
-    evaluate = jax.jit(make_evaluate(inst, compression, loss, metric, quantized=quantized))
+    measure = make_evaluate(inst, compression, loss, metric, quantized=quantized)
+
+    @jax.jit
+    def evaluate(state: TrainState, data: Batch) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        values = _tree.flatten({**state.params._asdict(), "state": state.model_state})
+        return measure(state, data), {path: jnp.all(jnp.isfinite(v)) for path, v in values.items()}
+
     return _Run(jax.jit(make_epoch(counted)), evaluate, told, traces)
 
 
@@ -190,11 +224,15 @@ def _one_epoch(
     state = run.tell(state, Event.PRE_EPOCH, slot.stage, slot.epoch, slot.epochs)
     state, loss = run.epoch(state, train, jnp.asarray(order), np.int32(slot.stage))
     state = run.tell(state, Event.POST_EPOCH, slot.stage, slot.epoch, slot.epochs)
-    figures = {name: float(v) for name, v in run.evaluate(state, val).items()}
+    measured, finite = jax.device_get(run.evaluate(state, val))
+    figures = {name: float(v) for name, v in measured.items()}
     record = dict(epoch=n, stage=STAGE_NAMES[slot.stage], loss=float(loss), **figures, seconds=time.perf_counter() - start)
-    if not np.isfinite(record["loss"]):
+    # the loss is of the parameters before each step: what the last step of an epoch did shows in them alone
+    broken = [path for path, is_finite in finite.items() if not is_finite]
+    if broken or not np.isfinite(record["loss"]):
+        what = f"the loss is {record['loss']}" if not np.isfinite(record["loss"]) else f"{broken[0]} is inf or nan"
         raise TrainingError(
-            f"the loss is {record['loss']} in epoch {n} ({record['stage']}); lower the learning rate or beta, "
+            f"{what} in epoch {n} ({record['stage']}); lower the learning rate or beta, "
             "or look for an unbounded output. The last checkpoint is kept"
         )
     return state, record
@@ -214,7 +252,16 @@ def _kernels(state: TrainState) -> dict[str, Any]:
 
 def _better(new: Record, old: Record, metric: Metric) -> bool:
     a, b = new["val_metric"], old["val_metric"]
-    return a > b if metric.higher_is_better else a < b
+    return bool(np.isnan(b)) or (a > b if metric.higher_is_better else a < b)
+
+
+def _batches(inst: Instrumented, data: Any, batch_size: int) -> tuple[Batch, Batch, int]:
+    """Training and validation set on the device, and how many samples there are to train on."""
+    train, val = (Batch(*_on_device(inst, split)) for split in (data.train, data.val))
+    samples = jax.tree.leaves(train.x)[0].shape[0]
+    if samples < batch_size:
+        raise DataError(f"batch_size is {batch_size}, the training set has {samples} samples; choose a smaller batch")
+    return train, val, samples
 
 
 def _on_device(inst: Instrumented, split: Any) -> tuple[Any, Any, Any]:
@@ -226,6 +273,8 @@ def calibrate(inst: Instrumented, compression: Transform, state: TrainState, inp
     """Give every tracked range exactly the integer bits and sign that `inputs` need, in inference mode.
 
     inputs: arrays (or trees) of samples on the input ports; what lies outside their ranges wraps.
+    A site without any bit passes 0 on, so waking it changes what later sites see: the ranges are measured until they
+    stay, which takes at most as many passes as there are sites, and usually two.
     """
     if "range" not in compression.needs:
         return state
@@ -235,17 +284,25 @@ def calibrate(inst: Instrumented, compression: Transform, state: TrainState, inp
         return inst.capture(view_of(compression, state), state.model_state, x, train=False, wrap=False)[2]["range"]
 
     @jax.jit
-    def told(state: TrainState, found: Any) -> TrainState:
-        merged = {}
-        for name in found[0]:
-            lows, highs = zip(*(r[name] for r in found), strict=True)
-            merged[name] = (functools.reduce(jnp.minimum, lows), functools.reduce(jnp.maximum, highs))
+    def told(state: TrainState, merged: dict[str, Any]) -> TrainState:
         params, opt_state = boundary(
             compression, state.params, state.opt_state, event=Event.CALIBRATE, stage=Stage.FINETUNE, stats={"range": merged}
         )
         return state._replace(params=params, opt_state=opt_state)
 
-    return told(state, [ranges(state, x) for x in inputs])
+    before = None
+    for _ in inst.sites:
+        found = jax.device_get([ranges(state, x) for x in inputs])
+        merged = {name: _union([r[name] for r in found]) for name in found[0]}
+        if before is not None and all(np.array_equal(merged[name], before[name]) for name in merged):
+            break
+        state, before = told(state, merged), merged
+    return state
+
+
+def _union(ranges: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    lows, highs = zip(*ranges, strict=True)
+    return functools.reduce(np.minimum, lows), functools.reduce(np.maximum, highs)
 
 
 def view_of(compression: Transform, state: TrainState) -> View:

@@ -58,9 +58,14 @@ def check_plan(plan: Plan) -> Plan:
 
 def opening(plan: Plan) -> tuple[tuple[Event, Stage], ...]:
     """Events before the first epoch: with no pre-training, its end is announced at once; likewise the training's."""
-    if plan.pretrain:
-        return ()
-    return ((Event.POST_PRETRAIN, Stage.TRAIN),) if plan.train else ((Event.PRE_FINETUNE, Stage.FINETUNE),)
+    return () if plan.pretrain else _after_pretraining(plan)
+
+
+def _after_pretraining(plan: Plan) -> tuple[tuple[Event, Stage], ...]:
+    """The announcement of the stage that follows pre-training, training or fine-tuning; nothing where none follows."""
+    if plan.train:
+        return ((Event.POST_PRETRAIN, Stage.TRAIN),)
+    return ((Event.PRE_FINETUNE, Stage.FINETUNE),) if plan.finetune else ()
 
 
 def schedule(plan: Plan) -> list[Slot]:
@@ -73,8 +78,8 @@ def schedule(plan: Plan) -> list[Slot]:
     """
     check_plan(plan)
     slots = [Slot(Stage.PRETRAIN, e, plan.pretrain, ()) for e in range(plan.pretrain)]
-    if slots and (plan.train or plan.finetune):
-        slots[-1] = slots[-1]._replace(after=((Event.POST_PRETRAIN, Stage.TRAIN),))
+    if slots:
+        slots[-1] = slots[-1]._replace(after=_after_pretraining(plan))
     for r in range(plan.rounds):
         for e in range(plan.train):
             last_epoch, last_round = e == plan.train - 1, r == plan.rounds - 1

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from pquant_jax._base import Params, State, Transform, Tree, View
 from pquant_jax._errors import TransformError
+from pquant_jax.numerics import settle
 from pquant_jax.transforms._parts import Hyper, entering, keep_params, labelled, no_penalty
 
 
@@ -49,7 +50,7 @@ def chain(*transforms: Transform) -> Transform:
         return [*seen, view]
 
     def apply(params: Params, state: State) -> tuple[View, State]:
-        return views(params, state)[-1], state
+        return views(_settled(params), state)[-1], state
 
     def run(hook: str, params: Params, state: State, extra: dict[str, Any]) -> tuple[Params, State]:
         # what no method reads of these views is dead code to the compiler
@@ -76,6 +77,15 @@ def chain(*transforms: Transform) -> Transform:
 
     needs = frozenset().union(*(t.needs for t in transforms))
     return Transform(f"chain({', '.join(names)})", attach, init, apply, step, boundary, penalty, labels, needs)
+
+
+@jax.custom_vjp
+def _settled(params: Params) -> Params:
+    """The identity, whose gradient is computed once instead of in each of the optimizer's kernels."""
+    return params
+
+
+_settled.defvjp(lambda params: (params, None), lambda _, gradient: (jax.tree.map(settle, gradient),))
 
 
 def _merge(before: View, after: View) -> View:

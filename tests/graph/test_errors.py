@@ -125,7 +125,14 @@ def test_operations_along_the_batch(mixer):
         instrument(lambda p, x: MIXERS[mixer](x @ p["w"]))
 
 
-@pytest.mark.parametrize(
+def test_squeeze_of_the_batch():
+    """A batch of one sample looks like any other axis of size 1, unless those to squeeze are named."""
+    for x in (X[:1], X):  # EBOPs are those of one sample
+        with pytest.raises(pq.TraceError, match=r"squeeze \(1, 1, 6\) -> \(6,\) drops the batch of one sample \(axis 0\); name"):
+            pq.instrument(pq.from_function(lambda p, x: jnp.squeeze(x[:, None]) @ p["w"], W), x)
+
+
+FOLLOWED = pytest.mark.parametrize(
     "forward",
     [
         lambda p, x: x.reshape(-1, 2, 3).reshape(-1, 6) @ p["w"],
@@ -139,8 +146,24 @@ def test_operations_along_the_batch(mixer):
         lambda p, x: (p["w"] @ x.T).T,  # the batch is the last axis for a while
         lambda p, x: jax.vmap(lambda v: p["w"] @ v, in_axes=1, out_axes=1)(x.T).T,
         lambda p, x: jnp.einsum("ij,bj->bi", p["w"], x),
+        lambda p, x: x[:, None] @ p["w"][None],
+        lambda p, x: x.reshape(-1, 2, 3) @ x.reshape(-1, 3, 2),
+        lambda p, x: (x @ p["w"]).reshape(-1, 2, 3) @ x.reshape(-1, 3, 2),
+        lambda p, x: x[:, None, :, None] @ x[:, None, None, :],  # one head
+        lambda p, x: x.reshape(-1, 1, 2, 3) @ jnp.stack([x, 2 * x], 1).reshape(-1, 2, 3, 2),  # one head and two
+        lambda p, x: jnp.moveaxis(jnp.swapaxes(x.reshape(-1, 3, 1, 2), 0, 1) @ jnp.swapaxes(x.reshape(-1, 3, 2, 1), 0, 1), 1, 0),
     ],
 )
+
+
+@FOLLOWED
+def test_sites_are_those_of_any_batch(forward):
+    one, four = (pq.instrument(pq.from_function(forward, W), X[:n]) for n in (1, 4))
+    assert list(one.sites.items()) == list(four.sites.items()) and one.roles == four.roles
+    assert one.reference8 == four.reference8 > 0
+
+
+@FOLLOWED
 def test_batch_is_followed(forward):
     """Every one of these keeps samples apart; one sample alone gives its row of the batch."""
     inst = instrument(forward)

@@ -342,3 +342,20 @@ def test_parameters_may_be_any_tree(float_view):
     np.testing.assert_allclose(
         inst.forward(float_view(inst), {}, X)[0], jax.nn.relu(X @ params[0]["w"]) @ params[1][0], rtol=1e-6
     )
+
+
+def test_range_of_relu_is_that_of_its_values(float_view):
+    """It is taken before the bias and relu, on other arrays than the forward's, and must not differ in a bit."""
+    rng = np.random.default_rng(11)
+    w, v, b, c = (rng.normal(size=s).astype(np.float32) for s in ((6, 5), (5, 3), (5,), (3,)))
+    params = {"w": w, "v": v, "b": b, "c": c}
+
+    def hidden(p, x):
+        return jnp.maximum(jax.nn.relu(x @ p["w"] + p["b"]), 0.25)
+
+    inst = pq.instrument(pq.from_function(lambda p, x: hidden(p, x) @ p["v"] - p["c"], params), X[:2])
+    ranges = jax.jit(lambda x: inst.capture(float_view(inst), {}, x, train=True)[2]["range"])(X)
+    values = np.asarray(jax.jit(hidden)(params, X))
+    np.testing.assert_array_equal(ranges["v/input"][1], values.max(0))
+    np.testing.assert_array_equal(ranges["w/input"][0], X.min(0))
+    np.testing.assert_array_equal(ranges["w/input"][1], X.max(0))

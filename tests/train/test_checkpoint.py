@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -164,11 +165,30 @@ def test_resume_from_an_empty_folder(plain, tmp_path):
         plain.fit_float(pq.Plan(1, 0, 0), checkpoints=tmp_path, resume=True)
 
 
+def test_resume_from_a_damaged_checkpoint(plain, tmp_path):
+    plain.fit_float(pq.Plan(1, 0, 0), checkpoints=tmp_path)
+    shutil.rmtree(tmp_path / "000001" / "state")
+    with pytest.raises(pq.TrainingError, match=r"000001 can't be read: .*; remove it"):
+        plain.fit_float(pq.Plan(2, 0, 0), checkpoints=tmp_path, resume=True)
+
+
+def test_interrupt_before_the_first_epoch_is_done_writes_nothing(plain, tmp_path, monkeypatch):
+    from pquant_jax.train import _fit
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_fit, "permutation", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        plain.fit_float(pq.Plan(1, 0, 0), checkpoints=tmp_path)
+    assert _checkpoint.available(tmp_path) == []
+
+
 @pytest.mark.parametrize("other", ["compression", "model", "width"])
 def test_resume_of_another_model(plain, stateful, tmp_path, other):
     plain.fit_float(pq.Plan(1, 0, 0), checkpoints=tmp_path)
     wide = {n: {"kernel": jnp.zeros(s), "bias": jnp.zeros(s[1])} for n, s in {"a": (4, 9), "b": (9, 3)}.items()}
     wider = plain._replace(inst=pq.instrument(plain.inst.model._replace(params=wide), plain.data.train.x[:2]))
     run = {"compression": plain.fit, "model": stateful.fit_float, "width": wider.fit_float}[other]
-    with pytest.raises(pq.TrainingError, match=r"is of another model or compression: \S+"):
+    with pytest.raises(pq.TrainingError, match=r"is of another model or compression: \S+ is .*, expected .*; resume with"):
         run(pq.Plan(1, 0, 0), checkpoints=tmp_path, resume=True)

@@ -193,6 +193,26 @@ def test_file_of_a_model_with_another_site(plain, tmp_path):
         pq.load_final(path, plain.inst)
 
 
+def test_file_of_another_format_shape(plain, tmp_path):
+    """A format that does not broadcast to its site."""
+    path = written(tmp_path, plain)
+    with np.load(path) as data:
+        arrays = {n: np.zeros(9, np.int32) if n == "i/b/input" else data[n] for n in data.files}
+    pq.save_final(path, arrays)
+    with pytest.raises(pq.DataError, match=r"'b/input' has shape \(9,\), expected \(8,\).*another model"):
+        pq.load_final(path, plain.inst)
+
+
+@pytest.mark.parametrize("lost", ["f/a/kernel", "modes/b/input"])
+def test_damaged_file(plain, tmp_path, lost):
+    path = written(tmp_path, plain)
+    with np.load(path) as data:
+        arrays = {n: data[n] for n in data.files if n != lost}
+    pq.save_final(path, arrays)
+    with pytest.raises(pq.DataError, match=r"damaged"):
+        pq.load_final(path, plain.inst)
+
+
 def test_file_that_lacks_the_state(stateful, tmp_path):
     path = written(tmp_path, stateful)
     with np.load(path) as data:

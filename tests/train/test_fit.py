@@ -234,5 +234,6 @@ def test_stages_do_what_they_are_for(plain, run):
 def test_pressure_on_bits_lowers_ebops(plain):
     inst = plain.inst
     compression = pq.quantize.hgq(inst.sites, beta=1e-3, cost=inst.ebops)
-    result = plain.fit(pq.Plan(1, 4, 0), compression=compression, optimizer=pq.optimizer(compression, weights=optax.adam(2e-2)))
+    tx = pq.optimizer(compression, weights=optax.adam(2e-2), bits=optax.adam(2e-2))  # 100 steps of 0.02 bits
+    result = plain.fit(pq.Plan(1, 4, 0), compression=compression, optimizer=tx)
     assert result.history[-1]["ebops"] < 0.8 * result.history[0]["ebops"]

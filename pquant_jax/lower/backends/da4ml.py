@@ -192,7 +192,8 @@ def _operation(node: Node, ins: list[np.ndarray], ranges: list[Interval], circui
     if op == "quantize":
         return _quantize_array(node, ins[0], ranges[0])
     if op == "take":
-        return np.append(ins[0].ravel(), 0.0)[np.asarray(node.attrs["index"])]
+        index = np.asarray(node.attrs["index"])
+        return np.append(ins[0].ravel(), 0.0)[index.ravel()].reshape(index.shape)
     if op == "concat":
         return np.concatenate([v.ravel() for v in ins])
     if op == "dot":
