@@ -154,7 +154,7 @@ def test_mask_primitive_takes_bits_away():
 
 def test_both_orders_of_mask_and_quantizer():
     """A zero weight has no bits, whether it was pruned before or after its quantizer."""
-    x, fmt, m = jnp.ones((1, 3)), pq.kif(1, 2, 1), jnp.asarray([[1.0], [0.0], [1.0]])
+    x, m = jnp.ones((1, 3)), jnp.asarray([[1.0], [0.0], [1.0]])
 
     def cost(prune_first: bool) -> float:
         params = {"w": jnp.ones((3, 1))}

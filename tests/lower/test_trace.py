@@ -26,9 +26,10 @@ from pquant_jax.numerics.oracle import OVERFLOWS, ROUNDINGS
 
 PORT = pq.InputSpec(1, 2, 2)
 F = pq.quantize.Format
+WEIGHTS, ACTIVATIONS = F(1, 2, 1), F(2, 2, overflow="WRAP")
 
 
-def compressed(model: pq.Model, x: Any, *, port: Any = PORT, weights: F = F(1, 2, 1), activations: F = F(2, 2, overflow="WRAP")):
+def compressed(model: pq.Model, x: Any, *, port: Any = PORT, weights: F = WEIGHTS, activations: F = ACTIVATIONS):
     """(inst, view) of a model with every site at a fixed format."""
     inst = pq.instrument(model, x, inputs=port)
     compression = pq.quantize.fixed(inst.sites, weights=weights, activations=activations)
@@ -335,13 +336,15 @@ def test_error_names_the_place_in_the_model():
     """Near the last thing with a name that the value came from."""
 
     class Layer(nn.Module):
+        function: Callable
+
         @nn.compact
         def __call__(self, x):
             h = nn.relu(nn.Dense(3)(x))
-            return function(nn.Dense(3)(h))
+            return self.function(nn.Dense(3)(h))
 
     for function, message in ((jnp.tanh, "'tanh'"), (lambda v: v / 3, "division by 3.0")):
-        inst, view = compressed(pq.from_linen(Layer(), np.zeros((2, 4), np.float32)), np.zeros((2, 4), np.float32))
+        inst, view = compressed(pq.from_linen(Layer(function), np.zeros((2, 4), np.float32)), np.zeros((2, 4), np.float32))
         with pytest.raises(pq.LoweringError, match=rf"{message} \(near Dense_1/kernel\)"):
             lower.trace(inst, view, {})
     with pytest.raises(pq.LoweringError, match=r"'tanh' \(near input\)"):

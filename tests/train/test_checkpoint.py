@@ -68,7 +68,7 @@ def test_resume_from_an_older_checkpoint(stateful, whole, assert_same, tmp_path)
 
 @pytest.mark.parametrize("place", ["permutation", "_after"])
 def test_interrupt_within_an_epoch(stateful, whole, assert_same, tmp_path, monkeypatch, place):
-    """Ctrl-C in the middle of epoch 3, or while its kernels are being rewound: all whole epochs are kept, that one is done again."""
+    """Ctrl-C in the middle of epoch 3, or while its kernels are being rewound: whole epochs are kept, that one is done again."""
     from pquant_jax.train import _fit
 
     real, calls = getattr(_fit, place), []
