@@ -2,7 +2,7 @@
 
 from pquant_jax.data._arrays import digest, from_arrays, take
 from pquant_jax.data._check import check
-from pquant_jax.data._files import from_npz
+from pquant_jax.data._files import from_npz, read_npz
 from pquant_jax.data._jets import jets, openml_jets
 from pquant_jax.data._load import load
 from pquant_jax.data._types import TASKS, Dataset, Split
@@ -18,5 +18,6 @@ __all__ = [
     "jets",
     "load",
     "openml_jets",
+    "read_npz",
     "take",
 ]

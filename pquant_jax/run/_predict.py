@@ -12,7 +12,7 @@ import numpy as np
 from pquant_jax import _tree, config, train
 from pquant_jax._base import Tree
 from pquant_jax._errors import DataError, VerifyError, did_you_mean
-from pquant_jax.data._files import read_npz
+from pquant_jax.data import read_npz
 from pquant_jax.run._figures import outputs
 from pquant_jax.run._files import open_run, read_json, write_npz
 
