@@ -18,7 +18,7 @@ from pquant_jax.graph import _ebops
 from pquant_jax.graph._interpret import PRODUCTS, Const, batch_axes, bind, contains_product, flatten, inner, live, nested
 from pquant_jax.graph._models import Model, as_model, check_forward
 from pquant_jax.graph._values import Value, bound, constant, expand, is_parameter, outputs, prefix
-from pquant_jax.numerics import kif, oracle, quantize, site_p
+from pquant_jax.numerics import kif, oracle, product, quantize, site_p
 
 
 class Instrumented(NamedTuple):
@@ -245,8 +245,11 @@ def _product(run: _Run, eqn: Any, ins: list[Value], batch: int) -> list[Value]:
     else:
         for n in data:
             ins[n] = _operand(run, ins[n], "product")
+    values = [v.val for v in ins]
     with jax.named_scope(next((v.leaf[0] for v in ins if v.leaf is not None), eqn.primitive.name)):
-        return outputs(eqn, ins, bind(eqn, [v.val for v in ins]), batch)
+        if len(data) == 1 and eqn.primitive.name == "dot_general" and eqn.params["dimension_numbers"][1] == ((), ()):
+            return outputs(eqn, ins, [product(*values, parameter=1 - data[0], **eqn.params)], batch)
+        return outputs(eqn, ins, bind(eqn, values), batch)
 
 
 def _role(eqn: Any, side: int, axes: tuple[int | None, ...], input_site: str) -> AxisRole:

@@ -2,7 +2,7 @@
 
 from pquant_jax.numerics._fixed import LN2, ceil_log2, check_modes, integer_bits, kif, power_of_two, round_ste, total_bits
 from pquant_jax.numerics._primitive import mask, mask_p, quantize, quantize_p, rebind, site, site_p
-from pquant_jax.numerics._reduce import reduce_axis, settle
+from pquant_jax.numerics._reduce import product, reduce_axis, settle, settle_together
 from pquant_jax.numerics.oracle import OVERFLOWS, ROUNDINGS
 
 __all__ = [
@@ -16,12 +16,14 @@ __all__ = [
     "mask",
     "mask_p",
     "power_of_two",
+    "product",
     "quantize",
     "quantize_p",
     "rebind",
     "reduce_axis",
-    "settle",
     "round_ste",
+    "settle",
+    "settle_together",
     "site",
     "site_p",
     "total_bits",

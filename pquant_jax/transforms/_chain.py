@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pquant_jax._base import Params, State, Transform, Tree, View
 from pquant_jax._errors import TransformError
-from pquant_jax.numerics import settle
+from pquant_jax.numerics import settle_together
 from pquant_jax.transforms._parts import Hyper, entering, keep_params, labelled, no_penalty
 
 
@@ -81,11 +81,11 @@ def chain(*transforms: Transform) -> Transform:
 
 @jax.custom_vjp
 def _settled(params: Params) -> Params:
-    """The identity, whose gradient is computed once instead of in each of the optimizer's kernels."""
+    """The identity, whose gradients are computed once, and all of them before the optimizer uses one."""
     return params
 
 
-_settled.defvjp(lambda params: (params, None), lambda _, gradient: (jax.tree.map(settle, gradient),))
+_settled.defvjp(lambda params: (params, None), lambda _, gradient: (settle_together(gradient),))
 
 
 def _merge(before: View, after: View) -> View:
