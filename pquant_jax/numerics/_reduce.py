@@ -94,7 +94,7 @@ def product(lhs: jax.Array, rhs: jax.Array, parameter: int, **params: Any) -> ja
         batch = tuple(d for d in range(x.ndim) if d not in into)
         batch_of_g = tuple(range(len(batch)) if parameter else range(len(kept), g.ndim))
         n, m = (math.prod(w.shape[d] for d in axes) for axes in (paired, kept))
-        narrow, wide = ((x, batch, paired), (g, batch_of_g, kept))[:: 1 if n <= m else -1]
+        narrow, wide = ((g, batch_of_g, kept), (x, batch, paired))[:: 1 if m <= n else -1]
         rows, axes = narrow[:2]
         if rows.size <= _CACHED:
             rows = jax.lax.optimization_barrier(jnp.moveaxis(rows, axes, range(-len(axes), 0)))

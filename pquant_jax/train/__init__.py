@@ -7,6 +7,7 @@ from pquant_jax.train._plan import Plan, Slot, schedule
 from pquant_jax.train._step import (
     Batch,
     TrainState,
+    compile_epoch,
     init_state,
     kernel_sparsity,
     make_epoch,
@@ -33,6 +34,7 @@ __all__ = [
     "kernel_sparsity",
     "load_final",
     "mae",
+    "compile_epoch",
     "make_epoch",
     "make_evaluate",
     "make_step",

@@ -24,6 +24,7 @@ from pquant_jax.train._step import (
     STAGE_NAMES,
     Batch,
     TrainState,
+    compile_epoch,
     init_state,
     make_epoch,
     make_evaluate,
@@ -214,7 +215,7 @@ def _compile(inst: Instrumented, compression: Transform, tx: Any, loss: Callable
         values = _tree.flatten({**state.params._asdict(), "state": state.model_state})
         return measure(state, data), {path: jnp.all(jnp.isfinite(v)) for path, v in values.items()}
 
-    return _Run(jax.jit(make_epoch(counted)), evaluate, told, traces)
+    return _Run(compile_epoch(make_epoch(counted)), evaluate, told, traces)
 
 
 def _one_epoch(

@@ -88,6 +88,15 @@ def make_epoch(step: Callable) -> Callable:
     return epoch
 
 
+def compile_epoch(epoch: Callable) -> Callable:
+    """`jax.jit`, on CPU with vectors as wide as the machine has.
+
+    LLVM takes half of an AVX-512 register otherwise, which costs a quantized step 5 % and a float step nothing.
+    """
+    wide = {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else None
+    return jax.jit(epoch, compiler_options=wide)
+
+
 def make_evaluate(inst: Instrumented, compression: Transform, loss: Callable, metric: Metric, *, quantized: bool) -> Callable:
     """evaluate(state, data) -> dict of scalars: val_loss, val_metric, sparsity and, where every site has a format, ebops."""
 
