@@ -118,7 +118,7 @@ class Transform(NamedTuple):
     boundary  (params, state, *, view, event, epoch, epochs, stage, stats, **extra) -> (params, state): between epochs.
     penalty   (params, state, view) -> scalar added to the loss; 0 if the method has none.
     labels    (params) -> tree like params of "weights" | "bits" | "thresholds" | "duals".
-    needs     statistics it wants in `step(stats=...)`; only those are computed.  Known: "range".
+    needs     statistics it wants in `step(stats=...)`; only those are computed (see `Stats`).
 
     `view` in `step` and `boundary` is the view that enters the method, `previous` the parameters before the update.
     """
@@ -134,4 +134,9 @@ class Transform(NamedTuple):
     needs: frozenset[str] = frozenset()
 
 
-Stats = Mapping[str, Mapping[str, Any]]  # {"range": {site: (low, high)}}, arrays of the site's per-sample shape
+Stats = Mapping[str, Mapping[str, Any]]
+"""Statistics of one batch by kind.
+
+"range": {site: (low, high)}, arrays of the site's per-sample shape.  By kernel, arrays that broadcast against it:
+"square": E[x^2] of its inputs; "active": the fraction of its outputs, after bias or BatchNorm, above 0; "gradient": of the loss.
+"""

@@ -17,7 +17,7 @@ import pytest
 
 from pquant_jax._base import AxisRole, Event, Params, SiteSpec, Stage, State, Transform, View
 from pquant_jax.numerics import total_bits
-from pquant_jax.prune import dst, pdp
+from pquant_jax.prune import NM, dst, magnitude, pdp, random
 from pquant_jax.quantize import Format, fixed, hgq
 from pquant_jax.transforms import chain, identity, masked, named, with_hyper
 
@@ -28,6 +28,7 @@ SITES = {
     "b/input": SiteSpec((3,), "input", signed=False, channel_axes=(0,)),
     "b/kernel": SiteSpec((3, 2), "kernel", channel_axes=(1,)),
 }
+SHAPES = {"a": (4, 3), "b": (3, 2)}
 A_SITES = {name: spec for name, spec in SITES.items() if name.startswith("a/")}
 ROLES = {"a/kernel": AxisRole((0,), (1,), "a/input"), "b/kernel": AxisRole((0,), (1,), "b/input")}
 
@@ -62,6 +63,10 @@ METHODS: dict[str, Callable[[], Transform]] = {
     "dst channel": lambda: prune_dst("channel"),
     "dst layer": lambda: prune_dst("layer"),
     "pdp": prune_pdp,
+    "magnitude": lambda: magnitude(sparsity=0.5),
+    "magnitude out, by Fisher": lambda: magnitude(sparsity={"a/.*": 0.3, ".*": 0.6}, groups="out", budget="fisher", roles=ROLES),
+    "magnitude N:M": lambda: magnitude(sparsity=0.5, groups=NM(1, 2), budget="global"),
+    "random": lambda: random(sparsity=0.5),
     "fixed": formats,
     "hgq SAT": lambda: trained("SAT", "SAT"),
     "hgq SAT_SYM": lambda: trained("SAT_SYM", "SAT_SYM"),
@@ -95,13 +100,19 @@ class Ready(NamedTuple):
 
 def a_model(seed: int = 0) -> dict[str, Any]:
     keys = iter(jax.random.split(jax.random.key(seed), 4))
-    shapes = {"a": {"kernel": (4, 3), "bias": (3,)}, "b": {"kernel": (3, 2), "bias": (2,)}}
+    shapes = {n: {"kernel": s, "bias": s[1:]} for n, s in SHAPES.items()}
     return jax.tree.map(lambda s: 0.6 * jax.random.normal(next(keys), s), shapes, is_leaf=lambda s: isinstance(s, tuple))
 
 
 def told(stage: Any = Stage.TRAIN, **more: Any) -> dict[str, Any]:
     spans = {name: (jnp.full(s.shape, -1.3 * s.signed), jnp.full(s.shape, 2.1)) for name, s in SITES.items() if s.kind == "input"}
-    return dict(stage=jnp.asarray(stage, jnp.int32), stats={"range": spans}, **more)
+    kernels = {f"{n}/kernel": s for n, s in SHAPES.items()}
+    by_kernel = {
+        "square": {p: jnp.linspace(0.1, 2, s[0])[:, None] for p, s in kernels.items()},
+        "active": {p: jnp.linspace(0, 1, s[1])[None] for p, s in kernels.items()},
+        "gradient": {p: jnp.linspace(-1, 1, s[0] * s[1]).reshape(s) for p, s in kernels.items()},
+    }
+    return dict(stage=jnp.asarray(stage, jnp.int32), stats={"range": spans, **by_kernel}, **more)
 
 
 def when(event: Any = Event.PRE_EPOCH, epoch: Any = 1, epochs: Any = 4) -> dict[str, Any]:
@@ -170,7 +181,7 @@ def ready(request: pytest.FixtureRequest) -> Ready:
 
 def test_signatures(ready):
     t = ready.t
-    assert isinstance(t.name, str) and t.name and t.needs <= {"range"}
+    assert isinstance(t.name, str) and t.name and t.needs <= {"range", "square", "active", "gradient"}
     assert list(inspect.signature(t.attach).parameters) in (["model"], ["model_params"])
     assert list(inspect.signature(t.init).parameters) == ["params"]
     assert list(inspect.signature(t.apply).parameters) == ["params", "state"]

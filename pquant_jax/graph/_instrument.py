@@ -17,7 +17,8 @@ from pquant_jax._errors import TraceError, did_you_mean
 from pquant_jax.graph import _ebops
 from pquant_jax.graph._interpret import PRODUCTS, Const, batch_axes, bind, contains_product, flatten, inner, live, nested
 from pquant_jax.graph._models import Model, as_model, check_forward
-from pquant_jax.graph._values import Value, bound, constant, expand, is_parameter, outputs, prefix
+from pquant_jax.graph._stats import mean_square, output_axes, positive_fraction
+from pquant_jax.graph._values import Value, constant, expand, is_parameter, outputs, prefix, span
 from pquant_jax.numerics import kif, oracle, product, quantize, site_p
 
 
@@ -28,7 +29,7 @@ class Instrumented(NamedTuple):
     sites     {name: SiteSpec}: activation sites and the parameters that meet data.
     roles     {parameter path: AxisRole} of the kernels.
     forward   (view, model_state, x, *, train=False, rng=None, wrap=None) -> (y, model_state).
-    capture   the same -> (y, model_state, stats): also {"range": {site: (low, high)}} of this batch.
+    capture   the same -> (y, model_state, stats): also `Stats` of this batch.
     ebops     (view, *, compat=None) -> effective bit operations of one sample, differentiable in the formats.
     products  (view, *, compat=None) -> {kernel or product: EBOPs}.
     reference8  64 x MACs: the EBOPs of the unpruned model at 8 bits everywhere.
@@ -61,7 +62,7 @@ class _Run:
     known: Mapping[str, SiteSpec] | None  # None while discovering
     specs: dict[str, SiteSpec] = field(default_factory=dict)
     roles: dict[str, AxisRole] = field(default_factory=dict)
-    ranges: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    stats: dict[str, dict[str, Any]] = field(default_factory=lambda: {"range": {}, "square": {}, "active": {}})
     uses: dict[str, int] = field(default_factory=dict)
 
 
@@ -126,7 +127,7 @@ def instrument(
 
     def capture(view: View, state: Tree, x: Any, *, train: bool = False, rng: Any = None, wrap: bool | None = None):
         y, state, run = execute(view, state, x, train=train, rng=rng, wrap=wrap, known=found.specs)
-        return y, state, {"range": run.ranges}
+        return y, state, run.stats
 
     sample = jax.tree.map(lambda v: np.zeros((1, *v.shape[1:]), np.float32), shapes)
 
@@ -246,10 +247,30 @@ def _product(run: _Run, eqn: Any, ins: list[Value], batch: int) -> list[Value]:
         for n in data:
             ins[n] = _operand(run, ins[n], "product")
     values = [v.val for v in ins]
-    with jax.named_scope(next((v.leaf[0] for v in ins if v.leaf is not None), eqn.primitive.name)):
+    leaf = next((v.leaf for v in ins if v.leaf is not None), None)
+    with jax.named_scope(eqn.primitive.name if leaf is None else leaf[0]):
         if len(data) == 1 and eqn.primitive.name == "dot_general" and eqn.params["dimension_numbers"][1] == ((), ()):
-            return outputs(eqn, ins, [product(*values, parameter=1 - data[0], **eqn.params)], batch)
-        return outputs(eqn, ins, bind(eqn, values), batch)
+            made = outputs(eqn, ins, [product(*values, parameter=1 - data[0], **eqn.params)], batch)
+        else:
+            made = outputs(eqn, ins, bind(eqn, values), batch)
+    if len(data) == 1 and leaf is not None:
+        path, axes = leaf
+        shape = run.specs[path].shape
+        square = mean_square(values[data[0]], data[0], eqn, axes, shape)
+        seen = run.stats["square"].get(path)  # a parameter of two products sees both inputs
+        run.stats["square"][path] = square if seen is None else seen + square
+        made[0].channels = path, output_axes(data[0], eqn, axes)
+        _record_active(run, made[0])
+    return made
+
+
+def _record_active(run: _Run, v: Value) -> None:
+    """How often a layer's output is positive; the last value of it, after its bias or BatchNorm, counts."""
+    if v.channels is not None:
+        path, places = v.channels
+        share = positive_fraction(v.val, places, run.specs[path].shape)
+        if share is not None:
+            run.stats["active"][path] = share
 
 
 def _role(eqn: Any, side: int, axes: tuple[int | None, ...], input_site: str) -> AxisRole:
@@ -311,7 +332,8 @@ def _plain(run: _Run, v: Value) -> Value:
         shift = _parameter(run, offset, "offset", f"{home}/fused_offset").val
         y = y + shift
         rises = (base, lambda v: v + _one_sample(shift, v, base.batch)) if scale is None else None
-    v.on_grid = Value(y, v.batch, True, rises=rises)
+    v.on_grid = Value(y, v.batch, True, rises=rises, channels=base.channels)
+    _record_active(run, v.on_grid)
     return v.on_grid
 
 
@@ -368,7 +390,7 @@ def _at_site(run: _Run, v: Value, name: str, kind: str, *, shared: bool = False)
     run.specs[name] = spec
     axis = v.batch
     x = v.val
-    run.ranges[name] = _range(v)
+    run.stats["range"][name] = span(v)
     fmt = run.view.sites.get(name)
     if fmt is not None:
         k, i, f = (expand(part, axis, jnp.ndim(x)) for part in (fmt.k, fmt.i, fmt.f))
@@ -379,11 +401,3 @@ def _at_site(run: _Run, v: Value, name: str, kind: str, *, shared: bool = False)
     if not own:  # a site of its own is nobody else's
         v.on_grid = made
     return made
-
-
-def _range(v: Value) -> tuple[Any, Any]:
-    """(low, high) over the batch; the low of a site that can't be negative is given as 0, which its width does not notice."""
-    if v.batch is None:
-        return v.val, v.val
-    high = bound(v, "max")
-    return (bound(v, "min") if v.signed else jnp.zeros_like(high)), high

@@ -29,6 +29,7 @@ class Value:
     derived: computed from model state or batch statistics.  affine: (base, scale, offset) if it is base * scale +
     offset with parts that are the same for all samples.  on_grid: itself after its site.  rises: (base, function) if it
     is a nondecreasing function of base, element by element; function takes arrays without the batch axis too.
+    channels: (kernel path, {axis: the kernel's output axis}) if it is a layer's output.
     """
 
     val: Any
@@ -40,6 +41,7 @@ class Value:
     affine: tuple[Value, Value | None, Value | None] | None = field(default=None, repr=False)
     on_grid: Value | None = field(default=None, repr=False)
     rises: tuple[Value, Callable[[Any], Any]] | None = field(default=None, repr=False)
+    channels: tuple[str, dict[int, int]] | None = None
 
 
 def constant(value: Any) -> Value:
@@ -60,7 +62,16 @@ def outputs(eqn: Any, ins: Sequence[Value], arrays: Sequence[Any], batch: int | 
     derived = statistic or any(v.derived for v in ins)
     signed = can_be_negative(eqn, [v.signed for v in ins], [v.val for v in ins])
     leaf = _leaf_through(eqn, ins)
-    return [Value(a, batch, signed, leaf, paths, derived, rises=_rises(eqn, ins, batch)) for a in arrays]
+    channels = _channels_through(eqn, ins)
+    return [Value(a, batch, signed, leaf, paths, derived, rises=_rises(eqn, ins, batch), channels=channels) for a in arrays]
+
+
+def _channels_through(eqn: Any, ins: Sequence[Value]) -> tuple[str, dict[int, int]] | None:
+    """A transposed layer output still is one: that of `vmap(lambda x: w @ x + b)` is transposed before its bias."""
+    if eqn.primitive.name != "transpose" or ins[0].channels is None:
+        return None
+    path, places = ins[0].channels
+    return path, {eqn.params["permutation"].index(axis): place for axis, place in places.items()}
 
 
 def _rises(eqn: Any, ins: Sequence[Value], batch: int | None) -> tuple[Value, Callable[[Any], Any]] | None:
@@ -90,6 +101,14 @@ def bound(v: Value, op: str) -> Any:
         return v.rises[1](bound(v.rises[0], op))
     assert v.batch is not None
     return reduce_axis(v.val, op, v.batch)
+
+
+def span(v: Value) -> tuple[Any, Any]:
+    """(low, high) over the batch; the low of a site that can't be negative is given as 0, which its width does not notice."""
+    if v.batch is None:
+        return v.val, v.val
+    high = bound(v, "max")
+    return (bound(v, "min") if v.signed else jnp.zeros_like(high)), high
 
 
 def can_be_negative(eqn: Any, signed: Sequence[bool], values: Sequence[Any]) -> bool:

@@ -1,6 +1,28 @@
 """Level 3: pruning methods, one file each."""
 
 from pquant_jax.prune._dst import DSTState, dst
+from pquant_jax.prune._groups import NM, Block, Cross, Groups, Heads, Layout, Reuse, layout, straddling, survivors
+from pquant_jax.prune._magnitude import magnitude
 from pquant_jax.prune._pdp import PDPState, pdp
+from pquant_jax.prune._random import random
+from pquant_jax.prune._ranked import RankedState
 
-__all__ = ["DSTState", "PDPState", "dst", "pdp"]
+__all__ = [
+    "NM",
+    "Block",
+    "Cross",
+    "DSTState",
+    "Groups",
+    "Heads",
+    "Layout",
+    "PDPState",
+    "RankedState",
+    "Reuse",
+    "dst",
+    "layout",
+    "magnitude",
+    "pdp",
+    "random",
+    "straddling",
+    "survivors",
+]

@@ -67,6 +67,7 @@ def make_step(inst: Instrumented, compression: Transform, tx: Any, loss: Callabl
             return task + compression.penalty(params, compressed, view), (model_state, stats, task)
 
         (_, (model_state, stats, task)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        stats = {**stats, "gradient": _tree.flatten(grads.model)}  # what no method reads is never computed
         updates, opt_state = tx.update(grads, state.opt_state, state.params, stage=stage, stats=stats)
         params: Any = optax.apply_updates(state.params, updates)
         return TrainState(params, opt_state, model_state, state.key, state.count + 1), task

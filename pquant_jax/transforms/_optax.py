@@ -37,9 +37,10 @@ def as_optax(compression: Transform) -> optax.GradientTransformationExtraArgs:
             raise TransformError("as_optax needs the parameters: call tx.update(grads, state, params, stage=..., stats=...)")
         if stage is None:
             raise TransformError("as_optax got no stage: call tx.update(..., stage=pq.Stage.TRAIN), a traced int32 in a scan")
-        if compression.needs and stats is None:
-            wants = ", ".join(sorted(compression.needs))
-            raise TransformError(f"{compression.name} needs the statistics {wants}: pass stats= from inst.capture(...)")
+        missing = ", ".join(sorted(compression.needs - set(stats or {})))
+        if missing:
+            how = "stats= from inst.capture(...), with 'gradient' the gradients of the model's parameters by path"
+            raise TransformError(f"{compression.name} needs the statistics {missing}: pass {how}")
         moved = optax.apply_updates(params, updates)
         stepped, inner = compression.step(
             moved, state.inner, stage=jnp.asarray(stage, jnp.int32), stats=stats or {}, previous=params, **extra
