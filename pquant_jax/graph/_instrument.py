@@ -60,6 +60,7 @@ class _Run:
     kernel_folders: Mapping[str, int]
     split: Callable[[str], bool]
     known: Mapping[str, SiteSpec] | None  # None while discovering
+    observe: bool  # gather statistics: only `capture` does, since an interpreter of `forward` would take them for the model's
     specs: dict[str, SiteSpec] = field(default_factory=dict)
     roles: dict[str, AxisRole] = field(default_factory=dict)
     stats: dict[str, dict[str, Any]] = field(default_factory=lambda: {"range": {}, "square": {}, "active": {}})
@@ -110,8 +111,8 @@ def instrument(
     def split_site(name: str) -> bool:
         return any(_tree.matches(where, name) for where in split)
 
-    def execute(view: View, state: Tree, x: Any, *, train: bool, rng: Any, wrap: bool | None, known: Any):
-        run = _Run(view, (not train) if wrap is None else wrap, folders, split_site, known)
+    def execute(view: View, state: Tree, x: Any, *, train: bool, rng: Any, wrap: bool | None, known: Any, observe=False):
+        run = _Run(view, (not train) if wrap is None else wrap, folders, split_site, known, observe)
         if not train:
             x = jax.tree.map(lambda v, port: quantize(v, _port_format(port)), x, ports)
         return *_execute(run, model, ports, state, x, train=train, rng=rng), run
@@ -126,7 +127,7 @@ def instrument(
         return y, state
 
     def capture(view: View, state: Tree, x: Any, *, train: bool = False, rng: Any = None, wrap: bool | None = None):
-        y, state, run = execute(view, state, x, train=train, rng=rng, wrap=wrap, known=found.specs)
+        y, state, run = execute(view, state, x, train=train, rng=rng, wrap=wrap, known=found.specs, observe=True)
         return y, state, run.stats
 
     sample = jax.tree.map(lambda v: np.zeros((1, *v.shape[1:]), np.float32), shapes)
@@ -256,9 +257,10 @@ def _product(run: _Run, eqn: Any, ins: list[Value], batch: int) -> list[Value]:
     if len(data) == 1 and leaf is not None:
         path, axes = leaf
         shape = run.specs[path].shape
-        square = mean_square(values[data[0]], data[0], eqn, axes, shape)
-        seen = run.stats["square"].get(path)  # a parameter of two products sees both inputs
-        run.stats["square"][path] = square if seen is None else seen + square
+        if run.observe:
+            square = mean_square(values[data[0]], data[0], eqn, axes, shape)
+            seen = run.stats["square"].get(path)  # a parameter of two products sees both inputs
+            run.stats["square"][path] = square if seen is None else seen + square
         made[0].channels = path, output_axes(data[0], eqn, axes)
         _record_active(run, made[0])
     return made
@@ -266,7 +268,7 @@ def _product(run: _Run, eqn: Any, ins: list[Value], batch: int) -> list[Value]:
 
 def _record_active(run: _Run, v: Value) -> None:
     """How often a layer's output is positive; the last value of it, after its bias or BatchNorm, counts."""
-    if v.channels is not None:
+    if run.observe and v.channels is not None:
         path, places = v.channels
         share = positive_fraction(v.val, places, run.specs[path].shape)
         if share is not None:
@@ -390,7 +392,8 @@ def _at_site(run: _Run, v: Value, name: str, kind: str, *, shared: bool = False)
     run.specs[name] = spec
     axis = v.batch
     x = v.val
-    run.stats["range"][name] = span(v)
+    if run.observe:
+        run.stats["range"][name] = span(v)
     fmt = run.view.sites.get(name)
     if fmt is not None:
         k, i, f = (expand(part, axis, jnp.ndim(x)) for part in (fmt.k, fmt.i, fmt.f))

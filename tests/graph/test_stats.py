@@ -87,3 +87,14 @@ def test_a_kernel_of_two_products_sees_both_inputs():
     x, w = data(8, 4), data(4, 4)
     got = stats_of(pq.from_function(lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"], {"w": w}), x)
     np.testing.assert_allclose(got["square"]["w"], (jnp.mean(x**2, 0) + jnp.mean(jnp.tanh(x @ w) ** 2, 0))[:, None], rtol=1e-5)
+
+
+def test_the_forward_holds_no_statistics():
+    """Squares of the inputs would count as the model's products, in EBOPs and in hardware."""
+    x, params = data(8, 4), {"w": data(4, 3)}
+    inst = pq.instrument(pq.from_function(lambda p, x: x @ p["w"], params), x)
+    view = View(params, {}, {})
+    assert inst.reference8 == 64 * 4 * 3
+    forward = jax.make_jaxpr(lambda v, x: inst.forward(v, {}, x, train=True)[0])(view, x)
+    capture = jax.make_jaxpr(lambda v, x: inst.capture(v, {}, x, train=True))(view, x)
+    assert "square" not in str(forward) and "square" in str(capture)
