@@ -4,9 +4,11 @@ from pquant_jax.transforms._chain import chain, identity, named
 from pquant_jax.transforms._optax import CompressionState, as_optax, boundary, optimizer, state_of, strong, update_state
 from pquant_jax.transforms._order import kth_largest
 from pquant_jax.transforms._parts import entering, hyper, keep_params, labelled, masked, no_penalty, with_hyper
+from pquant_jax.transforms._pnorm import PNormState, pnorm_decay
 
 __all__ = [
     "CompressionState",
+    "PNormState",
     "as_optax",
     "boundary",
     "chain",
@@ -20,6 +22,7 @@ __all__ = [
     "named",
     "no_penalty",
     "optimizer",
+    "pnorm_decay",
     "state_of",
     "strong",
     "update_state",
