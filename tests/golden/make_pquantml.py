@@ -78,7 +78,7 @@ def inputs() -> dict[str, Any]:
     shapes = {
         "hand": (2, 4),
         "dense/0": (4, 8),
-        "dense/1": (3, 6),
+        "dense/1": (3, 8),
         "ties": (4, 4),
         "conv/0": (4, 2, 2, 3),
         "conv/1": (3, 2, 3, 2),
