@@ -42,7 +42,8 @@ CALLS = {
 FILES = {"activation_pruning": "ap"}
 NUMBERS = ("_init_r", "_sparsity")
 HAND = [[0.5, -0.2, 0.05, -0.9], [0.3, 0.1, -0.7, 0.02]]
-ROLE = {"dense": "linear", "hand": "linear", "ties": "linear", "hundred": "linear", "conv": "conv"}
+ROLE = {"dense": "linear", "hand": "linear", "ties": "linear", "hundred": "linear"}
+ROLE |= {"conv": "conv", "conv1d": "conv", "depthwise": "depthwise_conv"}
 
 
 def plain(value: Any) -> Any:
@@ -82,19 +83,25 @@ def inputs() -> dict[str, Any]:
         "ties": (4, 4),
         "conv/0": (4, 2, 2, 3),
         "conv/1": (3, 2, 3, 2),
+        "conv1d": (4, 2, 3),
+        "depthwise": (4, 1, 2, 3),
     }
     found = {}
     for name, shape in shapes.items():
-        first = np.round(rng.normal(0, 0.5, shape), 3)
-        moves = [np.zeros(shape), *np.round(rng.normal(0, 0.1, (2, *shape)), 3)]
-        w = [first + np.sum(moves[: n + 1], 0) for n in range(3)]
+        size = int(np.prod(shape))
+        grid = np.round(
+            0.02 + 1.2 * ((np.arange(size) + 0.5) / size) ** 1.5, 3
+        )  # magnitudes apart: gradients of ties are arbitrary
+        drift = np.cumsum(rng.normal(0, [[0.5], [0.1], [0.1]], (3, size)), 0)
+        w = [(np.sign(v) * grid[np.argsort(np.argsort(np.abs(v)))]).reshape(shape) for v in drift]
         u = np.round(rng.normal(0, 1, shape), 3)
         if name == "hand":
             w[0], u = np.array(HAND), np.arange(1.0, 9).reshape(shape)
         if name == "ties":
             w, u = [np.round(4 * v) / 4 for v in w], np.round(4 * u) / 4
-        positions = (4,) if len(shape) == 2 else (2, 2, 2)
-        x, y = (np.round(rng.normal(0, 1, (3, positions[0], n, *positions[1:])), 2) for n in (shape[1], shape[0]))
+        positions = {2: (4,), 3: (2, 3), 4: (2, 2, 2)}[len(shape)]
+        channels = (shape[0] if name == "depthwise" else shape[1], shape[0])
+        x, y = (np.round(rng.normal(0, 1, (3, positions[0], n, *positions[1:])), 2) for n in channels)
         offset = np.linspace(-1.2, 1.2, shape[0]).reshape((-1,) + (1,) * (len(positions) - 1))
         found[name] = {"w": w, "u": u, "x": x, "y": np.round(y + offset, 2)}
     hundred = rng.permutation(np.arange(1, 101)).reshape(10, 10) / 100
@@ -107,12 +114,12 @@ def inputs() -> dict[str, Any]:
 class Recorder:
     """One pruning layer, asked one call after the other."""
 
-    def __init__(self, data: dict[str, Any], name: str, method: str, given: str, layer_type: str | None = None, **options: Any):
+    def __init__(self, data: dict[str, Any], name: str, method: str, given: str, **options: Any):
         from pquant import PQConfig
         from pquant.core.torch.utils import get_pruning_layer
         from pquant.core.utils import get_pruning_config
 
-        self.data, self.layer_type = data[given], layer_type or ROLE[given.partition("/")[0]]
+        self.data, self.layer_type = data[given], ROLE[given.partition("/")[0]]
         defaults = importlib.resources.files("pquant.configs") / f"config_{FILES.get(method, method)}.yaml"
         config = get_pruning_config(str(defaults))
         config["pruning_parameters"] |= options

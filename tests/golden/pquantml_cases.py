@@ -152,7 +152,7 @@ def mdmm_cases(make: Make, data: Data) -> Iterator[Any]:
 
 
 def pdp_cases(make: Make, data: Data) -> Iterator[Any]:
-    for structured, temperature, given in itertools.product((False, True), (0.1, 1e-5), ALL):
+    for structured, temperature, given in itertools.product((False, True), (0.1, 1e-5), (*ALL, "conv1d")):
         if given == "ties" and not structured:
             continue  # which of equal weights carries the gradient is torch.topk's affair
         options = dict(structured_pruning=structured, temperature=temperature, sparsity=0.5, epsilon=0.5)
@@ -205,20 +205,22 @@ def pdp_cases(make: Make, data: Data) -> Iterator[Any]:
     yield r
 
 
-def wanda_variants() -> Iterator[tuple[str, str, str | None, dict[str, Any]]]:
+def wanda_variants() -> Iterator[tuple[str, str, dict[str, Any]]]:
     for sparsity, given in itertools.product((0.5, 0.3, 0.9), ALL):
-        yield f"s={sparsity}", given, None, dict(sparsity=sparsity)
+        yield f"s={sparsity}", given, dict(sparsity=sparsity)
+    for given in ("conv1d", "depthwise"):
+        yield "s=0.5", given, dict(sparsity=0.5)
     for (n, m), given in itertools.product(((1, 2), (1, 4), (2, 4), (3, 4)), ("hand", "dense/0", "ties", "conv/0")):
-        yield f"{n}:{m}", given, None, dict(N=n, M=m)
+        yield f"{n}:{m}", given, dict(N=n, M=m)
     for (n, m), given in itertools.product(((1, 2), (1, 3), (1, 6)), ("dense/1", "conv/1")):
-        yield f"{n}:{m}", given, None, dict(N=n, M=m)
+        yield f"{n}:{m}", given, dict(N=n, M=m)
 
 
 def wanda_cases(make: Make, data: Data) -> Iterator[Any]:
-    for name, given, layer_type, options in wanda_variants():
+    for name, given, options in wanda_variants():
         hand = given == "hand"
         collected = dict(t_delta=1 if hand else 2, t_start_collecting_batch=0 if hand else 1)
-        r = make(name, "wanda", given, layer_type, **options, **collected)
+        r = make(name, "wanda", given, **options, **collected)
         if hand:
             r.call("post_pretrain")
             r.collect(0)
@@ -242,7 +244,7 @@ def wanda_cases(make: Make, data: Data) -> Iterator[Any]:
 
 
 def activation_cases(make: Make, data: Data) -> Iterator[Any]:
-    for threshold, given in itertools.product((0.2, 0.5), ("dense/0", "dense/1", "conv/0", "conv/1")):
+    for threshold, given in itertools.product((0.2, 0.5), ("dense/0", "dense/1", "conv/0", "conv/1", "conv1d", "depthwise")):
         r = make(
             f"threshold={threshold}", "activation_pruning", given, threshold=threshold, t_delta=2, t_start_collecting_batch=1
         )

@@ -1,6 +1,6 @@
 """PQuantML's pruning layers, played call by call through our methods (golden/pquantml.json).
 
-To add a method, add one entry to METHODS.  Theirs has (out, in) and (out, in, kh, kw), ours (in, out) and (kh, kw, in, out):
+To add a method, add one entry to METHODS.  Theirs has (out, in) and (out, in, *k), ours (in, out) and (*k, in, out):
 `turned` does that for weights, masks and trainables alike.
 """
 
@@ -93,7 +93,7 @@ def turned(value: Any, shape: tuple[int, ...]) -> np.ndarray:
         value = value.reshape(shape)
     elif value.ndim:
         value = value.reshape((value.shape[0],) + (1,) * (len(shape) - 1))
-    return value.transpose({0: (), 2: (1, 0), 4: (2, 3, 1, 0)}[value.ndim])
+    return value.transpose({0: (), 2: (1, 0), 3: (2, 1, 0), 4: (2, 3, 1, 0)}[value.ndim])
 
 
 class Player:
