@@ -93,7 +93,8 @@ def inputs() -> dict[str, Any]:
             0.02 + 1.2 * ((np.arange(size) + 0.5) / size) ** 1.5, 3
         )  # magnitudes apart: gradients of ties are arbitrary
         drift = np.cumsum(rng.normal(0, [[0.5], [0.1], [0.1]], (3, size)), 0)
-        w = [(np.sign(v) * grid[np.argsort(np.argsort(np.abs(v)))]).reshape(shape) for v in drift]
+        ranked = [np.sign(v) * grid[np.argsort(np.argsort(np.abs(v)))] for v in drift]
+        w = [(v * scale).round(4).reshape(shape) for v, scale in zip(ranked, (1, 0.9, 0.8), strict=True)]
         u = np.round(rng.normal(0, 1, shape), 3)
         if name == "hand":
             w[0], u = np.array(HAND), np.arange(1.0, 9).reshape(shape)

@@ -208,8 +208,8 @@ def pdp_cases(make: Make, data: Data) -> Iterator[Any]:
 def wanda_variants() -> Iterator[tuple[str, str, dict[str, Any]]]:
     for sparsity, given in itertools.product((0.5, 0.3, 0.9), ALL):
         yield f"s={sparsity}", given, dict(sparsity=sparsity)
-    for given in ("conv1d", "depthwise"):
-        yield "s=0.5", given, dict(sparsity=0.5)
+    for sparsity, given in ((0.5, "conv1d"), (0.5, "depthwise"), (0.1, "ties")):  # the last has more zeros than it shall prune
+        yield f"s={sparsity}", given, dict(sparsity=sparsity)
     for (n, m), given in itertools.product(((1, 2), (1, 4), (2, 4), (3, 4)), ("hand", "dense/0", "ties", "conv/0")):
         yield f"{n}:{m}", given, dict(N=n, M=m)
     for (n, m), given in itertools.product(((1, 2), (1, 3), (1, 6)), ("dense/1", "conv/1")):
