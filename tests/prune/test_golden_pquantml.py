@@ -126,6 +126,7 @@ class Player:
                 "state", {}
             ):  # theirs starts where it is put, whatever `threshold_init` says
                 value = jnp.asarray(turned(self.theirs[name], self.shape))
+                assert self.trained(self.params).shape == value.shape
                 self.params = Params(self.params.model, {self.transform.name: {"kernel": value}})
             new = {ours: step["state"][n] for n, ours in self.method.numbers.items() if n in step.get("state", {})}
             self.state = with_hyper(self.state, **new)
