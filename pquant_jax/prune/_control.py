@@ -54,6 +54,18 @@ def check_compat(compat: str | None) -> bool:
     return compat is not None
 
 
+def advance(
+    state: Control, *, event: jax.Array, epoch: jax.Array, epochs: jax.Array, training: jax.Array
+) -> tuple[Control, jax.Array]:
+    """(controller, ends): part = (epoch + 1) / epochs when an epoch of the training stage ends, and whether one does.
+
+    In a second round the part stays at 1.  training: the epoch was one of the training stage.
+    """
+    ends = (event == Event.POST_EPOCH) & training
+    ramp = (epoch + 1).astype(jnp.float32) / jnp.maximum(epochs, 1).astype(jnp.float32)
+    return state._replace(part=jnp.where(ends, jnp.maximum(state.part, jnp.minimum(ramp, 1)), state.part)), ends
+
+
 def steer(
     state: Control,
     hypers: Mapping[str, jax.Array],
@@ -64,21 +76,16 @@ def steer(
     epochs: jax.Array,
     training: jax.Array,
 ) -> tuple[Control, jax.Array]:
-    """(controller, move): move = gain * (wanted - sparsity) when an epoch of the training stage ends, else 0.
-
-    wanted = target * (epoch + 1) / epochs; in a second round it stays at the target.  `push` is the sum of the moves.
+    """(controller, move): move = gain * (part * target - sparsity) when an epoch of the training stage ends, else 0.
 
     Args:
       hypers: target (nan: no move) and gain.
       masks: {path: 0/1}, of which the sparsity is measured, over all kernels together.
-      training: the epoch was one of the training stage.
     """
-    ends = (event == Event.POST_EPOCH) & training
-    ramp = (epoch + 1).astype(jnp.float32) / jnp.maximum(epochs, 1).astype(jnp.float32)
-    part = jnp.where(ends, jnp.maximum(state.part, jnp.minimum(ramp, 1)), state.part)
-    error = part * hypers["target"] - _tree.sparsity(masks)
+    state, ends = advance(state, event=event, epoch=epoch, epochs=epochs, training=training)
+    error = state.part * hypers["target"] - _tree.sparsity(masks)
     move = jnp.where(ends & ~jnp.isnan(hypers["target"]), hypers["gain"] * error, 0).astype(jnp.float32)
-    return state._replace(part=part, push=jnp.clip(state.push + move, -LIMIT, LIMIT)), move
+    return state._replace(push=jnp.clip(state.push + move, -LIMIT, LIMIT)), move
 
 
 def strength(base: jax.Array, state: Control) -> jax.Array:

@@ -13,16 +13,16 @@ import jax.numpy as jnp
 from pquant_jax import _tree
 from pquant_jax._base import Event, Params, Stage, Transform, Tree, View
 from pquant_jax.numerics import mask
-from pquant_jax.prune._control import Control, check_compat, control, kernels_like, moved, steer, store, strength, target_or_nan
+from pquant_jax.prune._control import Control, advance, check_compat, control, kernels_like, moved, store, target_or_nan
 from pquant_jax.transforms import hyper, labelled
 
 LOWEST = -1e30  # of s: every round multiplies it by up to final_temperature, and inf * 0 is nan
 
 
 class CSState(NamedTuple):
-    """hyper: decay, threshold_init, final_temperature, target, gain.  stage: of the last step.  beta: of this epoch.
+    """hyper: decay, threshold_init, final_temperature, target.  stage: of the last step.  beta: of this epoch.
 
-    control: of decay, where there is a target.  mask: {path: 0/1}, in force in fine-tuning; ones before.
+    control: of s, where there is a target.  mask: {path: 0/1}, in force in fine-tuning; ones before.
     """
 
     hyper: dict[str, jax.Array]
@@ -38,7 +38,6 @@ def cs(
     threshold_init: float = 0.0,
     final_temperature: float = 200.0,
     target: float | None = None,
-    gain: float = 10.0,
     compat: str | None = None,
 ) -> Transform:
     """Prune by a soft mask that hardens over the epochs: w' = w * sigmoid(beta * s) / sigmoid(s0), in the training stage.
@@ -51,9 +50,9 @@ def cs(
       decay: weight of |m|_1 / sigmoid(s0); larger prunes more.
       threshold_init: s0, the starting s; lower prunes more.
       final_temperature: beta in the last epoch of a round.
-      target: zeros / total over all kernels, or None.  After each epoch decay *= exp(gain * (wanted - sparsity)), wanted
-        ramping to the target; fine-tuning freezes exactly the highest s.
-      gain: of that controller, per epoch.
+      target: zeros / total over all kernels, or None.  After each epoch all s move by the same amount, so that the sparsity
+        lies between a ramp to the target and the target; fine-tuning freezes exactly the highest s.  (A stronger
+        penalty can't do that: once beta is high, no gradient reaches s.)
       compat: "pquantml" has no scaling on the hard mask (weights jump by sigmoid(s0), a half where s0 = 0), and multiplies
         beta by final_temperature^(1 / (E - 1)) at the end of every epoch of any stage, pre-training included.
     Raises: TransformError for an unknown compat, a target outside [0, 1), or a model without kernels.
@@ -73,7 +72,7 @@ def cs(
 
     def init(params: Params) -> CSState:
         ones = {p: jnp.ones(s.shape, jnp.float32) for p, s in params.extra["cs"].items()}
-        hypers = hyper(decay=decay, threshold_init=threshold_init, final_temperature=final_temperature, target=goal, gain=gain)
+        hypers = hyper(decay=decay, threshold_init=threshold_init, final_temperature=final_temperature, target=goal)
         return CSState(hypers, jnp.asarray(Stage.PRETRAIN, jnp.int32), jnp.ones((), jnp.float32), control(), ones)
 
     def scaling(state: CSState) -> jax.Array:
@@ -107,8 +106,10 @@ def cs(
     ) -> tuple[Params, CSState]:
         del extra, view
         training, scores, h = state.stage == Stage.TRAIN, params.extra["cs"], state.hyper
+        steered, ends = advance(state.control, event=event, epoch=epoch, epochs=epochs, training=training)
+        excess = jnp.where(ends & ~jnp.isnan(h["target"]), _excess(scores, steered.part, h["target"], state.beta), 0)
+        scores = {p: s - excess for p, s in scores.items()}
         own = {p: (s > 0).astype(jnp.float32) for p, s in scores.items()}
-        steered, _ = steer(state.control, h, own, event=event, epoch=epoch, epochs=epochs, training=training)
         steered, masks = store(steered, state.mask, own, scores, h["target"], event=event, training=training)
         rounds = event == Event.POST_ROUND
         again = {p: jnp.clip(state.beta * s, LOWEST, h["threshold_init"]) for p, s in scores.items()}
@@ -120,8 +121,22 @@ def cs(
     def penalty(params: Params, state: CSState, view: View) -> jax.Array:
         del view
         soft = (jnp.sum(jax.nn.sigmoid(state.beta * s)) for s in params.extra["cs"].values())
-        weight = strength(state.hyper["decay"], state.control) * scaling(state)
+        weight = state.hyper["decay"] * scaling(state)
         total = weight * sum(soft, jnp.zeros((), jnp.float32))
         return jnp.where(state.stage == Stage.TRAIN, total, jnp.zeros((), jnp.float32))
 
     return Transform("cs", attach, init, apply, step, boundary, penalty, labelled("cs", "thresholds"))
+
+
+def _excess(scores: dict[str, jax.Array], part: jax.Array, target: jax.Array, beta: jax.Array) -> jax.Array:
+    """What to take from every s so that the sparsity is not below part * target and not above the target.
+
+    The lowest that lives ends half-way to the highest that does not, but at most 1/2 above 0 in units of 1 / beta: after
+    a round, those that were cut lie far below.
+    """
+    ranked = jnp.sort(jnp.concatenate([s.ravel() for s in scores.values()]))
+    sparsity = jnp.mean((ranked <= 0).astype(jnp.float32))
+    wanted = jnp.clip(sparsity, part * target, target)
+    cut = jnp.clip(jnp.round(wanted * ranked.size).astype(jnp.int32), 0, ranked.size - 1)
+    lowest, highest = ranked[cut], ranked[jnp.maximum(cut - 1, 0)]
+    return jnp.where(wanted == sparsity, 0, lowest - jnp.minimum((lowest - highest) / 2, 0.5 / beta))
