@@ -96,7 +96,7 @@ def strength(base: jax.Array, state: Control) -> jax.Array:
 def exact(scores: Mapping[str, jax.Array], target: jax.Array) -> dict[str, jax.Array]:
     """{path: 0/1} of the highest scores of all kernels together, exact to one weight; ties go by place.
 
-    Every kernel keeps its best weight, or the signal would stop there.  Scores may be negative.
+    Every kernel keeps its best weight, whatever the target: the signal would stop there.  Scores may be negative.
 
     >>> masks = exact({"a": jnp.float32([3, 2, 1]), "b": jnp.float32([-1, -2, -3])}, jnp.float32(0.5))
     >>> masks["a"].tolist(), masks["b"].tolist()
@@ -104,7 +104,8 @@ def exact(scores: Mapping[str, jax.Array], target: jax.Array) -> dict[str, jax.A
     """
     best = {p: jnp.where(jnp.arange(s.size).reshape(s.shape) == jnp.argmax(s), jnp.inf, s) for p, s in scores.items()}
     flat = jnp.concatenate([s.ravel() for s in best.values()])
-    kept, out, start = survivors(layout("scores", flat.shape), flat, target), {}, 0
+    kept = survivors(layout("scores", flat.shape), flat, jnp.minimum(target, 1 - len(scores) / flat.size))
+    out, start = {}, 0
     for p, s in scores.items():
         out[p] = kept[start : start + s.size].reshape(s.shape)
         start += s.size
