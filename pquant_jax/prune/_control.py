@@ -78,14 +78,19 @@ def steer(
 ) -> tuple[Control, jax.Array]:
     """(controller, move): move = gain * (part * target - sparsity) when an epoch of the training stage ends, else 0.
 
+    Up to the target the strength never falls below what the user gave: a method that is ahead of the ramp in its first
+    epochs would otherwise be behind it in the last.
+
     Args:
       hypers: target (nan: no move) and gain.
       masks: {path: 0/1}, of which the sparsity is measured, over all kernels together.
     """
     state, ends = advance(state, event=event, epoch=epoch, epochs=epochs, training=training)
-    error = state.part * hypers["target"] - _tree.sparsity(masks)
-    move = jnp.where(ends & ~jnp.isnan(hypers["target"]), hypers["gain"] * error, 0).astype(jnp.float32)
-    return state._replace(push=jnp.clip(state.push + move, -LIMIT, LIMIT)), move
+    sparsity = _tree.sparsity(masks)
+    wish = hypers["gain"] * (state.part * hypers["target"] - sparsity)
+    floor = jnp.where(sparsity <= hypers["target"], jnp.minimum(state.push, 0), -LIMIT)
+    push = jnp.where(ends & ~jnp.isnan(hypers["target"]), jnp.clip(state.push + wish, floor, LIMIT), state.push)
+    return state._replace(push=push), push - state.push
 
 
 def strength(base: jax.Array, state: Control) -> jax.Array:

@@ -108,14 +108,14 @@ def test_defect_weights_jump_when_fine_tuning_begins(w, tell, train):
         views[compat] = [np.asarray(t.apply(params, state)[0].model["kernel"]) for state in (before, after)]
         np.testing.assert_allclose(views[compat][0], OUT, rtol=0, atol=1e-6)
     np.testing.assert_array_equal(*views[None])
-    np.testing.assert_array_equal(views["pquantml"][1], np.where(np.float32(OUT) != 0, w, 0))
+    np.testing.assert_array_equal(views["pquantml"][1], np.where(np.array(OUT) != 0, w, 0))
 
 
 def test_mask_and_thresholds_are_frozen_in_fine_tuning(w, upstream, tell, train):
     t = autosparse(threshold_init=-1.0, granularity="layer")
     params = t.attach({"kernel": w})
     params, state = tell(t, params, train(t, params), Event.PRE_FINETUNE, Stage.FINETUNE)
-    kept, shrunk = np.float32(OUT) != 0, np.asarray(t.apply(params, state)[0].model["kernel"])
+    kept, shrunk = np.array(OUT) != 0, np.asarray(t.apply(params, state)[0].model["kernel"])
     later = Params({"kernel": w - 0.3}, {"autosparse": {"kernel": jnp.full((1, 1), 5.0)}})
     view, grads = gradients(t, later, state, upstream)
     np.testing.assert_allclose(view.model["kernel"], np.where(kept, shrunk - 0.3, 0), rtol=0, atol=1e-6)  # one passes 0

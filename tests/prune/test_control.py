@@ -31,15 +31,26 @@ def steered(state, masks, event=Event.POST_EPOCH, epoch=0, epochs=4, training=Tr
 
 
 def test_the_strength_follows_a_ramp_to_the_target():
+    """A sparsity of 0.25 is ahead of the ramp in the first epoch, which is no reason to weaken."""
     masks, state, moves = {"a": jnp.float32([1, 1, 1, 0])}, control(), []
     for epoch in range(4):
         state, move = steered(state, masks, epoch=epoch)
         moves.append(float(move))
-    np.testing.assert_allclose(moves, [2 * (0.2 * e - 0.25) for e in (1, 2, 3, 4)], atol=1e-6)
+    np.testing.assert_allclose(moves, [0, *(2 * (0.2 * e - 0.25) for e in (2, 3, 4))], atol=1e-6)
     np.testing.assert_allclose(strength(jnp.float32(3), state), 3 * np.exp(sum(moves)), rtol=1e-6)
     state, move = steered(state, masks, epoch=0)  # the first epoch of a second round
     assert float(state.part) == 1
     np.testing.assert_allclose(move, 2 * (0.8 - 0.25), rtol=1e-6)
+
+
+def test_a_sparsity_above_the_target_weakens_without_end_and_below_it_that_is_taken_back():
+    state, above, below = control(), {"a": jnp.float32([1, 0, 0, 0])}, {"a": jnp.float32([1, 1, 0, 0])}
+    for _ in range(3):
+        state, move = steered(state, above, epoch=3, target=0.6)
+        np.testing.assert_allclose(move, 2 * (0.6 - 0.75), atol=1e-6)
+    state, move = steered(state, below, epoch=3, target=0.6)
+    np.testing.assert_allclose(move, 2 * (0.6 - 0.5), atol=1e-6)
+    assert float(state.push) < 0
 
 
 @pytest.mark.parametrize(
@@ -134,7 +145,7 @@ def two_layers() -> tuple[pq.Instrumented, pq.data.Dataset]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_target_is_met_within_half_a_point_and_the_way_there_is_gradual(name):
-    """48 steps of training; without the controller no method comes near 0.7."""
+    """96 steps of training."""
     inst, data = two_layers()
     t = METHODS[name](target=0.7)
     optimizer = pq.optimizer(t, weights=optax.adam(1e-2), thresholds=optax.adam(2e-2))
@@ -145,7 +156,7 @@ def test_the_target_is_met_within_half_a_point_and_the_way_there_is_gradual(name
         plan=plan,
         compression=t,
         optimizer=optimizer,
-        batch_size=64,
+        batch_size=32,
         callbacks=[lambda record, state: states.append(t.apply(state.params, pq.state_of(state.opt_state))[0].masks)],
     )
     assert abs(float(sparsity(result.view.masks)) - 0.7) <= 0.005
