@@ -47,7 +47,7 @@ def soft_threshold(w: jax.Array, level: jax.Array, alpha: jax.Array, floor: jax.
     [1.0, 1.0, 0.5]
     """
     del alpha, floor
-    return jnp.sign(w) * jnp.maximum(jnp.abs(w) - level, 0)
+    return jnp.where(jnp.abs(w) > level, w - jnp.sign(w) * level, 0)
 
 
 @soft_threshold.defjvp
@@ -105,7 +105,7 @@ def autosparse(
     >>> params = t.attach({"kernel": jnp.float32([[0.5], [-0.2]])})
     >>> state = t.init(params)._replace(stage=jnp.int32(Stage.TRAIN))
     >>> t.apply(params, state)[0].model["kernel"].round(6).tolist()
-    [[0.25], [-0.0]]
+    [[0.25], [0.0]]
     """
     check_granularity(granularity)
     reference, goal = check_compat(compat), target_or_nan(target)
@@ -120,7 +120,8 @@ def autosparse(
         ones, zeros = ({p: jnp.full(w.shape, v, jnp.float32) for p, w in kernels.items()} for v in (1, 0))
         optional = {} if backward_sparsity is None else {"backward_sparsity": backward_sparsity}
         hypers = hyper(alpha=alpha, alpha_reset_epoch=alpha_reset_epoch, target=goal, gain=gain, **optional)
-        return AutoSparseState(hypers, jnp.asarray(Stage.PRETRAIN, jnp.int32), hypers["alpha"], control(), ones, zeros)
+        first = jnp.array(hypers["alpha"])  # a copy: no buffer twice in one state
+        return AutoSparseState(hypers, jnp.asarray(Stage.PRETRAIN, jnp.int32), first, control(), ones, zeros)
 
     def apply(params: Params, state: AutoSparseState) -> tuple[View, AutoSparseState]:
         training, thresholds = state.stage == Stage.TRAIN, params.extra["autosparse"]
@@ -153,11 +154,12 @@ def autosparse(
         own = {p: (jnp.abs(w) > jax.nn.sigmoid(thresholds[p])).astype(jnp.float32) for p, w in kernels.items()}
         steered, move = steer(state.control, h, own, event=event, epoch=epoch, epochs=epochs, training=training)
         thresholds = {p: t + move for p, t in thresholds.items()}
-        scores = {p: jnp.abs(w) - jax.nn.sigmoid(thresholds[p]) for p, w in kernels.items()}
+        levels = {p: jax.nn.sigmoid(t) for p, t in thresholds.items()}
+        scores = {p: jnp.abs(w) - levels[p] for p, w in kernels.items()}
         own = {p: (s > 0).astype(jnp.float32) for p, s in scores.items()}
         steered, masks = store(steered, state.mask, own, scores, h["target"], event=event, training=training)
         freezes = (event == Event.PRE_FINETUNE) & training & (not reference)
-        shift = {p: jnp.where(freezes, _shift(w, scores[p]), state.shift[p]) for p, w in kernels.items()}
+        shift = {p: jnp.where(freezes, _shift(w, levels[p]), state.shift[p]) for p, w in kernels.items()}
         when = (event == Event.POST_EPOCH) if reference else (event == Event.PRE_EPOCH) & (stage == Stage.TRAIN)
         scheduled = jnp.where(epoch >= h["alpha_reset_epoch"], 0, h["alpha"] * decay(epoch, epochs)).astype(jnp.float32)
         current = jnp.where(when, scheduled, state.alpha)
@@ -178,7 +180,7 @@ def _floor(x: jax.Array, hypers: dict[str, jax.Array]) -> jax.Array:
     return jnp.where(jnp.sum(x >= 0) >= rank, kth_largest(jnp.maximum(x, 0), rank), -below)
 
 
-def _shift(w: jax.Array, x: jax.Array) -> jax.Array:
-    """sign(w) * level, so that w - shift is what training saw; where x = |w| - level <= 0, so that it is sign(w) * -x."""
-    level = jnp.sign(w) * (jnp.abs(w) - x)
-    return jnp.where(x > 0, level, 2 * w - level)
+def _shift(w: jax.Array, level: jax.Array) -> jax.Array:
+    """What makes w - shift exactly what training saw; below the level, where that was 0, sign(w) * (level - |w|)."""
+    signed = jnp.sign(w) * level
+    return jnp.where(jnp.abs(w) > level, signed, 2 * w - signed)

@@ -23,7 +23,7 @@ COMPAT: Final = ("pquantml",)
 
 
 class Control(NamedTuple):
-    """part: of the target that is wanted by now, a fraction that never falls.  push: sum of the moves so far.
+    """part: of the target that is wanted by now, a fraction that never falls.  push: sum of the moves.
 
     settled: no step was taken since the mask was stored, so that a rewind of the kernels leaves it alone.
     """

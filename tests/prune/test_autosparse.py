@@ -111,6 +111,16 @@ def test_defect_weights_jump_when_fine_tuning_begins(w, tell, train):
     np.testing.assert_array_equal(views["pquantml"][1], np.where(np.array(OUT) != 0, w, 0))
 
 
+def test_not_a_bit_moves_when_fine_tuning_begins(key, tell, train):
+    t = autosparse(threshold_init=-0.3)
+    params = t.attach({"kernel": jax.random.normal(key, (40, 30))})
+    before = train(t, params)
+    _, after = tell(t, params, before, Event.PRE_FINETUNE, Stage.FINETUNE)
+    views = [t.apply(params, state)[0] for state in (before, after)]
+    assert 0.2 < float(sparsity(views[0].masks)) < 0.8
+    jax.tree.map(np.testing.assert_array_equal, *views)
+
+
 def test_mask_and_thresholds_are_frozen_in_fine_tuning(w, upstream, tell, train):
     t = autosparse(threshold_init=-1.0, granularity="layer")
     params = t.attach({"kernel": w})
