@@ -64,7 +64,7 @@ def decay(epoch: jax.Array, epochs: jax.Array) -> jax.Array:
     >>> [round(float(decay(jnp.int32(e), jnp.int32(10))), 4) for e in (0, 3, 6, 9)]
     [1.0, 0.9168, 0.3455, 0.0245]
     """
-    t = epoch.astype(jnp.float32) / jnp.maximum(epochs, 1).astype(jnp.float32)
+    t = jnp.asarray(epoch, jnp.float32) / jnp.maximum(jnp.asarray(epochs, jnp.float32), 1)
     return jnp.maximum((1 + jnp.cos(jnp.pi * t)) / 2, 1 - jax.nn.sigmoid(12 * t - 6))
 
 

@@ -62,7 +62,7 @@ def advance(
     In a second round the part stays at 1.  training: the epoch was one of the training stage.
     """
     ends = (event == Event.POST_EPOCH) & training
-    ramp = (epoch + 1).astype(jnp.float32) / jnp.maximum(epochs, 1).astype(jnp.float32)
+    ramp = (jnp.asarray(epoch, jnp.float32) + 1) / jnp.maximum(jnp.asarray(epochs, jnp.float32), 1)
     return state._replace(part=jnp.where(ends, jnp.maximum(state.part, jnp.minimum(ramp, 1)), state.part)), ends
 
 

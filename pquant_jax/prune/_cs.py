@@ -92,12 +92,12 @@ def cs(
 
     def hotter(state: CSState, event: Any, epoch: Any, epochs: Any, stage: Any) -> jax.Array:
         """beta after this event."""
-        last = jnp.maximum(epochs - 1, 1).astype(jnp.float32)
+        last = jnp.maximum(jnp.asarray(epochs, jnp.float32) - 1, 1)
         if reference:
             grown = jnp.minimum(state.beta * state.hyper["final_temperature"] ** (1 / last), -LOWEST)
             beta = jnp.where(event == Event.POST_EPOCH, grown, state.beta)
         else:
-            scheduled = state.hyper["final_temperature"] ** (epoch.astype(jnp.float32) / last)
+            scheduled = state.hyper["final_temperature"] ** (jnp.asarray(epoch, jnp.float32) / last)
             beta = jnp.where((event == Event.PRE_EPOCH) & (stage == Stage.TRAIN), scheduled, state.beta)
         return jnp.where(event == Event.POST_ROUND, 1, beta).astype(jnp.float32)
 
