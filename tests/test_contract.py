@@ -17,7 +17,7 @@ import pytest
 
 from pquant_jax._base import AxisRole, Event, Params, SiteSpec, Stage, State, Transform, View
 from pquant_jax.numerics import total_bits
-from pquant_jax.prune import NM, dst, magnitude, pdp, random
+from pquant_jax.prune import NM, autosparse, cs, dst, magnitude, pdp, random
 from pquant_jax.quantize import Format, fixed, hgq
 from pquant_jax.transforms import chain, identity, masked, named, with_hyper
 
@@ -59,9 +59,17 @@ def formats() -> Transform:
 
 METHODS: dict[str, Callable[[], Transform]] = {
     "identity": identity,
+    "autosparse": lambda: autosparse(threshold_init=-1.0),
+    "autosparse weight": lambda: autosparse(granularity="weight", backward_sparsity=0.5, target=0.5, roles=ROLES),
+    "autosparse layer, PQuantML's": lambda: autosparse(granularity="layer", alpha_reset_epoch=2, compat="pquantml"),
+    "cs": lambda: cs(decay=1e-3),
+    "cs to a target": lambda: cs(decay=1e-3, threshold_init=-0.1, target=0.5),
+    "cs, PQuantML's": lambda: cs(compat="pquantml"),
     "dst": prune_dst,
     "dst channel": lambda: prune_dst("channel"),
     "dst layer": lambda: prune_dst("layer"),
+    "dst to a target": lambda: dst(alpha=1e-3, threshold_init=0.1, target=0.5),
+    "dst, PQuantML's": lambda: dst(alpha=1e-3, max_sparsity=0.5, compat="pquantml"),
     "pdp": prune_pdp,
     "magnitude": lambda: magnitude(sparsity=0.5),
     "magnitude out, by Fisher": lambda: magnitude(sparsity={"a/.*": 0.3, ".*": 0.6}, groups="out", budget="fisher", roles=ROLES),
@@ -73,6 +81,8 @@ METHODS: dict[str, Callable[[], Transform]] = {
     "hgq WRAP": lambda: trained("WRAP", "WRAP"),
     "hgq channel": lambda: trained(granularity="channel"),
     "hgq tensor": lambda: trained("WRAP", granularity="tensor"),
+    "autosparse + hgq": lambda: chain(autosparse(threshold_init=-1.0, roles=ROLES), trained()),
+    "cs + fixed": lambda: chain(cs(decay=1e-3), formats()),
     "dst + hgq": lambda: chain(prune_dst(), trained()),
     "hgq + dst": lambda: chain(trained(), prune_dst()),
     "pdp + fixed": lambda: chain(prune_pdp(), formats()),

@@ -1,5 +1,7 @@
 """Level 3: pruning methods, one file each."""
 
+from pquant_jax.prune._autosparse import AutoSparseState, autosparse
+from pquant_jax.prune._cs import CSState, cs
 from pquant_jax.prune._dst import DSTState, dst
 from pquant_jax.prune._groups import NM, Block, Cross, Groups, Heads, Layout, Reuse, layout, straddling, survivors
 from pquant_jax.prune._magnitude import magnitude
@@ -9,7 +11,9 @@ from pquant_jax.prune._ranked import RankedState
 
 __all__ = [
     "NM",
+    "AutoSparseState",
     "Block",
+    "CSState",
     "Cross",
     "DSTState",
     "Groups",
@@ -18,6 +22,8 @@ __all__ = [
     "PDPState",
     "RankedState",
     "Reuse",
+    "autosparse",
+    "cs",
     "dst",
     "layout",
     "magnitude",

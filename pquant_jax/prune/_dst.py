@@ -14,15 +14,20 @@ import jax.numpy as jnp
 from pquant_jax import _tree
 from pquant_jax._base import AxisRole, Event, Params, Stage, Transform, Tree, View
 from pquant_jax._errors import TransformError
-from pquant_jax.numerics import mask
+from pquant_jax.prune._control import Control, check_compat, control, kernels_like, moved, steer, store, strength, target_or_nan
+from pquant_jax.prune._ranked import masked_view
 from pquant_jax.transforms import entering, hyper, labelled
 
 
 class DSTState(NamedTuple):
-    """hyper: alpha, max_sparsity.  stage: of the last step.  mask: {path: 0/1}, in force outside the training stage."""
+    """hyper: alpha, max_sparsity, target, gain.  stage: of the last step.  control: of alpha, where there is a target.
+
+    mask: {path: 0/1}, in force outside the training stage.
+    """
 
     hyper: dict[str, jax.Array]
     stage: jax.Array
+    control: Control
     mask: dict[str, jax.Array]
 
 
@@ -43,6 +48,15 @@ def _binary_step_jvp(primals, tangents):
     return binary_step(x), t * jnp.where(a <= 0.4, 2 - 4 * a, jnp.where(a <= 1, 0.4, 0.0)).astype(x.dtype)
 
 
+GRANULARITIES = ("weight", "channel", "layer")
+
+
+def check_granularity(granularity: str) -> None:
+    """Raises: TransformError for a name that `threshold_shape` does not know."""
+    if granularity not in GRANULARITIES:
+        raise TransformError(f"granularity is {granularity!r}, expected 'weight', 'channel' or 'layer'")
+
+
 def threshold_shape(path: str, leaf: jax.Array, granularity: str, roles: Mapping[str, AxisRole]) -> tuple[int, ...]:
     """Shape of T: the kernel's ("weight"), its output axes ("channel", the last axis if the role is unknown), or 1 ("layer")."""
     if granularity == "weight":
@@ -57,11 +71,14 @@ def dst(
     threshold_init: float = 0.0,
     max_sparsity: float = 0.99,
     granularity: str = "weight",
+    target: float | None = None,
+    gain: float = 10.0,
     roles: Mapping[str, AxisRole] | None = None,
+    compat: str | None = None,
 ) -> Transform:
     """Prune with trained thresholds: m = 1[|w| > T], learned by a surrogate gradient, in the training stage.
 
-    Dense while pre-training.  The mask is stored at every boundary and frozen in fine-tuning, so a loop of your own
+    Dense while pre-training.  The mask is stored when an epoch ends and frozen in fine-tuning, so a loop of your own
     tells the compression when fine-tuning begins: `pq.boundary(..., event=Event.PRE_FINETUNE, stage=Stage.FINETUNE)`.
 
     Args:
@@ -69,8 +86,12 @@ def dst(
       threshold_init: starting T, in units of the weights.
       max_sparsity: fraction; a layer that has reached it when an epoch ends gets T = 0 back.
       granularity: one T per "weight", output "channel", or "layer".
+      target: zeros / total over all kernels, or None.  After each epoch alpha *= exp(gain * (wanted - sparsity)), wanted
+        ramping to the target; fine-tuning freezes exactly the highest |w| - T.
+      gain: of that controller, per epoch.
       roles: `inst.roles`, which says what the output channel is; default the last axis.
-    Raises: TransformError for an unknown granularity or a model without kernels.
+      compat: "pquantml" ignores threshold_init (T starts at 0) and resets a layer after any step, not at an epoch's end.
+    Raises: TransformError for an unknown granularity or compat, a target outside [0, 1), or a model without kernels.
 
     >>> t = dst(alpha=5e-6)
     >>> params = t.attach({"kernel": jnp.float32([[0.5, 0.2]])})
@@ -79,56 +100,71 @@ def dst(
     >>> t.apply(params, state)[0].model["kernel"].tolist()
     [[0.5, 0.0]]
     """
-    if granularity not in ("weight", "channel", "layer"):
-        raise TransformError(f"granularity is {granularity!r}, expected 'weight', 'channel' or 'layer'")
+    check_granularity(granularity)
+    reference, goal = check_compat(compat), target_or_nan(target)
 
     def attach(model: Tree) -> Params:
         kernels = _tree.select(model, _tree.is_kernel)
         shapes = {p: threshold_shape(p, w, granularity, roles or {}) for p, w in kernels.items()}
-        return Params(model, {"dst": {p: jnp.full(s, threshold_init, jnp.float32) for p, s in shapes.items()}})
+        return Params(
+            model, {"dst": {p: jnp.full(s, 0 if reference else threshold_init, jnp.float32) for p, s in shapes.items()}}
+        )
 
     def init(params: Params) -> DSTState:
-        kernels = _kernels(params.model, params)
-        ones = {p: jnp.ones(w.shape, jnp.float32) for p, w in kernels.items()}
-        return DSTState(hyper(alpha=alpha, max_sparsity=max_sparsity), jnp.asarray(Stage.PRETRAIN, jnp.int32), ones)
-
-    def current(params: Params, model: Tree, stored: dict[str, jax.Array], stage: jax.Array) -> dict[str, jax.Array]:
-        training, thresholds = stage == Stage.TRAIN, params.extra["dst"]
-        kernels = _kernels(model, params)
-        return {p: jnp.where(training, binary_step(jnp.abs(w) - thresholds[p]), stored[p]) for p, w in kernels.items()}
+        ones = {p: jnp.ones(w.shape, jnp.float32) for p, w in kernels_like(params.model, params.extra["dst"]).items()}
+        hypers = hyper(alpha=alpha, max_sparsity=max_sparsity, target=goal, gain=gain)
+        return DSTState(hypers, jnp.asarray(Stage.PRETRAIN, jnp.int32), control(), ones)
 
     def apply(params: Params, state: DSTState) -> tuple[View, DSTState]:
-        masks = current(params, params.model, state.mask, state.stage)
-        pruned = {p: mask(w, masks[p]) for p, w in _kernels(params.model, params).items()}
-        return View(_tree.replace(params.model, pruned), {}, masks), state
+        training, own = state.stage == Stage.TRAIN, _masks(params.model, params.extra["dst"])
+        return masked_view(params.model, {p: jnp.where(training, m, state.mask[p]) for p, m in own.items()}), state
 
-    def step(params: Params, state: DSTState, *, stage: Any, **extra: Any) -> tuple[Params, DSTState]:
+    def step(params: Params, state: DSTState, *, stage: Any, view: View | None = None, **extra: Any) -> tuple[Params, DSTState]:
         del extra
-        return params, state._replace(stage=jnp.asarray(stage, jnp.int32))
+        state = state._replace(stage=jnp.asarray(stage, jnp.int32), control=moved(state.control))
+        if reference:
+            when = state.stage == Stage.TRAIN
+            params = _reset(params, entering(params, view).model, state.hyper["max_sparsity"], when)
+        return params, state
 
     def boundary(
-        params: Params, state: DSTState, *, view: View | None = None, event: Any, stage: Any, **extra: Any
+        params: Params,
+        state: DSTState,
+        *,
+        view: View | None = None,
+        event: Any,
+        epoch: Any,
+        epochs: Any,
+        stage: Any,
+        **extra: Any,
     ) -> tuple[Params, DSTState]:
         del extra
-        thresholds = params.extra["dst"]
-        training, ends = state.stage == Stage.TRAIN, (event == Event.POST_EPOCH) | (event == Event.PRE_FINETUNE)
-        model, reset = entering(params, view).model, {}
-        masks, kernels = current(params, model, state.mask, state.stage), _kernels(model, params)
-        for p, m in list(masks.items()):
-            collapsed = training & ends & (jnp.mean(1 - m) >= state.hyper["max_sparsity"])
-            reset[p] = jnp.where(collapsed, jnp.zeros_like(thresholds[p]), thresholds[p])
-            masks[p] = jnp.where(collapsed, binary_step(jnp.abs(kernels[p])), m)
-        new = Params(params.model, {**params.extra, "dst": reset})
-        return new, DSTState(state.hyper, jnp.asarray(stage, jnp.int32), masks)
+        training, model, h = state.stage == Stage.TRAIN, entering(params, view).model, state.hyper
+        ends = (event == Event.POST_EPOCH) | ((event == Event.PRE_FINETUNE) & ~state.control.settled)
+        before = _masks(model, params.extra["dst"])
+        params = _reset(params, model, h["max_sparsity"], training & ends)
+        thresholds, own = params.extra["dst"], _masks(model, params.extra["dst"])
+        scores = {p: jnp.abs(w) - thresholds[p] for p, w in kernels_like(model, thresholds).items()}
+        steered, _ = steer(state.control, h, before, event=event, epoch=epoch, epochs=epochs, training=training)
+        steered, masks = store(steered, state.mask, own, scores, h["target"], event=event, training=training)
+        return params, DSTState(h, jnp.asarray(stage, jnp.int32), steered, masks)
 
     def penalty(params: Params, state: DSTState, view: View) -> jax.Array:
         del view
         total = sum((jnp.sum(jnp.exp(-t)) for t in params.extra["dst"].values()), jnp.zeros((), jnp.float32))
-        return jnp.where(state.stage == Stage.TRAIN, state.hyper["alpha"] * total, jnp.zeros((), jnp.float32))
+        weight = strength(state.hyper["alpha"], state.control)
+        return jnp.where(state.stage == Stage.TRAIN, weight * total, jnp.zeros((), jnp.float32))
 
     return Transform("dst", attach, init, apply, step, boundary, penalty, labelled("dst", "thresholds"))
 
 
-def _kernels(model: Tree, params: Params) -> dict[str, jax.Array]:
-    leaves = _tree.flatten(model)
-    return {p: leaves[p] for p in params.extra["dst"]}
+def _masks(model: Tree, thresholds: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {p: binary_step(jnp.abs(w) - thresholds[p]) for p, w in kernels_like(model, thresholds).items()}
+
+
+def _reset(params: Params, model: Tree, max_sparsity: jax.Array, when: jax.Array) -> Params:
+    """T = 0 for every layer whose sparsity has reached the maximum."""
+    thresholds = params.extra["dst"]
+    collapsed = {p: when & (jnp.mean(1 - m) >= max_sparsity) for p, m in _masks(model, thresholds).items()}
+    reset = {p: jnp.where(collapsed[p], jnp.zeros_like(t), t) for p, t in thresholds.items()}
+    return Params(params.model, {**params.extra, "dst": reset})

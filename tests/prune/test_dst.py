@@ -148,3 +148,43 @@ def test_errors(w):
         dst(alpha=1.0, granularity="chanel")
     with pytest.raises(TransformError, match="'is_kernel' matches no parameter"):
         dst(alpha=1.0).attach({"bias": w[0]})
+
+
+def test_defect_threshold_init_is_ignored(w, train):
+    """The reference starts at T = 0 whatever is asked for."""
+    pruned = {}
+    for compat in (None, "pquantml"):
+        t = dst(alpha=1.0, threshold_init=0.25, compat=compat)
+        params = t.attach({"kernel": w})
+        pruned[compat] = np.asarray(t.apply(params, train(t, params))[0].model["kernel"])
+    np.testing.assert_array_equal(pruned[None], np.where(np.abs(w) > 0.25, w, 0))
+    np.testing.assert_array_equal(pruned["pquantml"], w)
+
+
+def test_defect_a_single_batch_resets_a_layer(w, train):
+    """The reference looks at the sparsity in every forward, so one step's overshoot loses all that was learned."""
+    thresholds = {}
+    for compat in (None, "pquantml"):
+        t = dst(alpha=1.0, max_sparsity=7 / 8, compat=compat)
+        params = Params({"a": w, "b": w}, {"dst": {"a": jnp.full(w.shape, 0.8), "b": jnp.full(w.shape, 0.1)}})
+        state = train(t, params)
+        for stage in (Stage.PRETRAIN, Stage.FINETUNE):
+            untouched, _ = t.step(params, state, stage=jnp.int32(stage), stats={})
+            jax.tree.map(np.testing.assert_array_equal, untouched, params)
+        after, _ = t.step(params, state, stage=jnp.int32(Stage.TRAIN), stats={})
+        thresholds[compat] = after.extra["dst"]
+        np.testing.assert_array_equal(after.extra["dst"]["b"], params.extra["dst"]["b"])
+    np.testing.assert_array_equal(thresholds[None]["a"], np.full(w.shape, 0.8, np.float32))
+    np.testing.assert_array_equal(thresholds["pquantml"]["a"], np.zeros(w.shape))
+
+
+def test_a_target_moves_the_weight_of_the_penalty(w, train, tell):
+    """Sparse enough: alpha falls; too dense: it rises; by exp(gain * (wanted - sparsity))."""
+    for target, wanted in ((0.75, 0.75 - 0.5), (0.25, 0.25 - 0.5)):
+        t = dst(alpha=1e-3, threshold_init=0.15, target=target, gain=4.0)
+        params = t.attach({"kernel": jnp.abs(w).at[0, 1].set(0.1)})  # half of them above 0.15
+        state = train(t, params)
+        before = t.penalty(params, state, t.apply(params, state)[0])
+        params, state = tell(t, params, state, Event.POST_EPOCH, epoch=9)
+        after = t.penalty(params, state, t.apply(params, state)[0])
+        np.testing.assert_allclose(after / before, np.exp(4 * wanted), rtol=1e-5)
