@@ -68,18 +68,18 @@ def test_the_target_ramps_over_the_epochs(w, tell):
     state, seen = t.init(params), []
     for epoch in range(5):
         _, state = tell(t, params, state, Event.PRE_EPOCH, epoch=epoch)
-        seen.append(float(state.ratio))
+        seen.append(float(state.ratio["kernel"]))
     np.testing.assert_allclose(seen, np.minimum(1, 0.3 * np.arange(1, 6)) * 0.8, rtol=1e-6)
     _, state = tell(t, params, state, Event.PRE_EPOCH, epoch=0)  # a new round starts again
-    np.testing.assert_allclose(state.ratio, 0.24, rtol=1e-6)
+    np.testing.assert_allclose(state.ratio["kernel"], 0.24, rtol=1e-6)
 
 
 def test_only_the_training_stage_ramps(w, tell):
     t = pdp(sparsity=0.8, epsilon=1.0)
     params = t.attach({"kernel": w})
     for stage in (Stage.PRETRAIN, Stage.FINETUNE):
-        assert float(tell(t, params, t.init(params), Event.PRE_EPOCH, stage)[1].ratio) == 0
-    assert float(tell(t, params, t.init(params), Event.POST_EPOCH)[1].ratio) == 0
+        assert float(tell(t, params, t.init(params), Event.PRE_EPOCH, stage)[1].ratio["kernel"]) == 0
+    assert float(tell(t, params, t.init(params), Event.POST_EPOCH)[1].ratio["kernel"]) == 0
 
 
 def test_dense_in_pretraining(w, train):
