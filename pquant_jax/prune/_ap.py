@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from pquant_jax._base import AxisRole, Event, Params, Stage, Stats, Transform, Tree, View
 from pquant_jax._errors import TransformError
 from pquant_jax.prune._groups import Layout, layout, survivors
-from pquant_jax.prune._ranked import kernels_of, masked_view
+from pquant_jax.prune._ranked import check_compat, kernels_of, masked_view
 from pquant_jax.transforms import hyper, labelled, no_penalty
 
 
@@ -70,9 +70,8 @@ def ap(
     """
     if (threshold is None) == (target is None):
         raise TransformError(f"threshold is {threshold}, target {target}; expected one of them")
-    if compat not in (None, "pquantml"):
-        raise TransformError(f"compat is {compat!r}, expected 'pquantml' or None")
-    aim = {"threshold": threshold} if target is None else {"target": target}
+    check_compat(compat)
+    aim = {name: v for name, v in (("threshold", threshold), ("target", target)) if v is not None}
 
     def cuts_of(kernels: Mapping[str, jax.Array]) -> dict[str, Layout]:
         return {p: layout(p, w.shape, "out", roles) for p, w in kernels.items()}

@@ -19,6 +19,7 @@ from pquant_jax.prune._groups import NM, Groups, Layout, layout, straddling, sur
 from pquant_jax.prune._ranked import (
     Targets,
     check_budget,
+    check_compat,
     common_target,
     kernels_of,
     masked_view,
@@ -62,7 +63,8 @@ def soft_mask(cut: Layout, w: jax.Array, ratio: jax.Array, temperature: jax.Arra
     whole = ratio <= 0 if cut.keep is not None else jnp.round((1 - ratio) * size) >= size
     if cut.keep == s.shape[-1]:
         return jnp.ones_like(w)
-    return cut.expand(jnp.where(whole, jnp.ones_like(s), jax.nn.sigmoid((s * s - t * t) / temperature)))
+    # as a product, since s^2 and t^2 agree in most of their bits where it matters
+    return cut.expand(jnp.where(whole, jnp.ones_like(s), jax.nn.sigmoid((s - t) * (s + t) / temperature)))
 
 
 def going(cut: Layout, shape: tuple[int, ...], scores: jax.Array, target: jax.Array, compat: str | None) -> jax.Array:
@@ -119,8 +121,7 @@ def pdp(
     [[4.0, 3.0], [0.0, 0.0]]
     """
     check_budget(budget)
-    if compat not in (None, "pquantml"):
-        raise TransformError(f"compat is {compat!r}, expected 'pquantml' or None")
+    check_compat(compat)
     if compat and isinstance(groups, NM):
         raise TransformError(f"groups is {groups}, but PQuantML has no N:M in PDP; leave out compat='pquantml'")
 

@@ -88,6 +88,12 @@ def check_budget(budget: str) -> None:
         raise TransformError(f"budget is {budget!r}; {did_you_mean(budget, BUDGETS)}")
 
 
+def check_compat(compat: str | None) -> None:
+    """Raises: TransformError for a reference that there is none of."""
+    if compat not in (None, "pquantml"):
+        raise TransformError(f"compat is {compat!r}, expected 'pquantml' or None")
+
+
 def no_fisher(kernels: Mapping[str, jax.Array], budget: str) -> dict[str, jax.Array]:
     """E[gradient^2] before the first step; empty where the budget doesn't need it."""
     return {p: jnp.zeros(w.shape, jnp.float32) for p, w in kernels.items()} if budget == "fisher" else {}

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from pquant_jax._base import AxisRole, Params, Stats, Transform, Tree, View
 from pquant_jax._errors import TransformError
 from pquant_jax.prune._groups import NM, Groups, layout, survivors
-from pquant_jax.prune._ranked import Method, Targets, common_target, kernels_of, own_targets, ranked, shares
+from pquant_jax.prune._ranked import Method, Targets, check_compat, common_target, kernels_of, own_targets, ranked, shares
 
 
 def importance(w: jax.Array, square: jax.Array) -> jax.Array:
@@ -82,12 +82,6 @@ def wanda(
     return ranked(
         "wanda", method, sparsity=sparsity, groups=compared(groups, compat), budget=budget, begin=begin, end=end, roles=roles
     )
-
-
-def check_compat(compat: str | None) -> None:
-    """Raises: TransformError for a reference that there is none of."""
-    if compat not in (None, "pquantml"):
-        raise TransformError(f"compat is {compat!r}, expected 'pquantml' or None")
 
 
 def compared(groups: Groups, compat: str | None) -> Callable[[tuple[int, ...]], Groups]:
