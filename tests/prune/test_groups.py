@@ -51,7 +51,7 @@ def test_the_target_is_met_within_one_group(groups, shape):
             assert abs((mask == 0).sum() - sparsity * w.size) <= largest / 2 + 1
 
 
-@pytest.mark.parametrize("groups", [g for g in KINDS if not isinstance(g, Cross)], ids=str)
+@pytest.mark.parametrize("groups", ["row", *(g for g in KINDS if not isinstance(g, Cross))], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_groups_are_a_partition(groups, shape):
     """Each weight is in one group: its number spread over the kernel, counted, is the size of the group."""
