@@ -156,9 +156,9 @@ def finished(tell, t, active, **hypers):
 
 
 def test_errors():
-    for both in ({}, {"threshold": 0.1, "target": 0.5}):
+    for both in (None, 0.5):
         with pytest.raises(TransformError, match="expected one of them"):
-            ap(**both)
+            ap(threshold=both, target=both)
     with pytest.raises(TransformError, match="'pquantml' or None"):
         ap(threshold=0.1, compat="torch")
     t = ap(threshold=0.1)

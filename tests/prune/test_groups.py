@@ -11,21 +11,7 @@ from pquant_jax._base import AxisRole
 from pquant_jax._errors import TransformError
 from pquant_jax.prune import NM, Block, Cross, Heads, Reuse, layout, straddling, survivors
 
-KINDS = [
-    "weight",
-    "row",
-    "in",
-    "out",
-    "filter",
-    "layer",
-    NM(2, 4),
-    NM(1, 8),
-    Block(2, 3),
-    Cross(),
-    Cross(2, 3),
-    Reuse(5),
-    Heads(2),
-]
+KINDS = ["weight", "in", "out", "filter", "layer", NM(2, 4), NM(1, 8), Block(2, 3), Cross(), Cross(2, 3), Reuse(5), Heads(2)]
 SHAPES = [(6, 8), (7, 10), (3, 3, 2, 4), (2, 3, 4)]
 
 
