@@ -17,7 +17,7 @@ import pytest
 
 from pquant_jax._base import AxisRole, Event, Params, SiteSpec, Stage, State, Transform, View
 from pquant_jax.numerics import total_bits
-from pquant_jax.prune import NM, autosparse, cs, dst, magnitude, pdp, random
+from pquant_jax.prune import NM, Block, Cross, ap, autosparse, cs, dst, frozen, magnitude, pdp, random, wanda
 from pquant_jax.quantize import Format, fixed, hgq
 from pquant_jax.transforms import chain, identity, masked, named, with_hyper
 
@@ -44,8 +44,8 @@ def prune_dst(granularity: str = "weight") -> Transform:
     return dst(alpha=1e-3, threshold_init=0.1, granularity=granularity, roles=ROLES)
 
 
-def prune_pdp() -> Transform:
-    return pdp(sparsity=0.5, epsilon=0.5, temperature=0.1)  # a sharper one magnifies the last bit of w * w
+def prune_pdp(**more: Any) -> Transform:
+    return pdp(**{"sparsity": 0.5, **more}, epsilon=0.5, temperature=0.1)  # a sharper one magnifies the last bit of w * w
 
 
 def trained(weights: str = "SAT_SYM", activations: str = "WRAP", granularity: str = "element") -> Transform:
@@ -70,11 +70,25 @@ METHODS: dict[str, Callable[[], Transform]] = {
     "dst layer": lambda: prune_dst("layer"),
     "dst to a target": lambda: dst(alpha=1e-3, threshold_init=0.1, target=0.5),
     "dst, PQuantML's": lambda: dst(alpha=1e-3, max_sparsity=0.5, compat="pquantml"),
+    "ap": lambda: ap(threshold=0.4, roles=ROLES),
+    "ap by target": lambda: ap(target=0.5, begin=1, period=2),
+    "ap as PQuantML": lambda: ap(threshold=0.4, compat="pquantml"),
+    "frozen": lambda: frozen({f"{n}/kernel": np.indices(s).sum(0) % 2 for n, s in SHAPES.items()}),
     "pdp": prune_pdp,
+    "pdp row, by Fisher": lambda: prune_pdp(groups="row", budget="fisher"),
+    "pdp out": lambda: prune_pdp(groups="out", roles=ROLES),
+    "pdp N:M": lambda: prune_pdp(groups=NM(1, 2)),
+    "pdp blocks, global": lambda: prune_pdp(sparsity={"a/.*": 0.3, ".*": 0.6}, groups=Block(3, 2), budget="global"),
+    "pdp cross": lambda: prune_pdp(groups=Cross()),
+    "pdp as PQuantML": lambda: prune_pdp(compat="pquantml"),
     "magnitude": lambda: magnitude(sparsity=0.5),
     "magnitude out, by Fisher": lambda: magnitude(sparsity={"a/.*": 0.3, ".*": 0.6}, groups="out", budget="fisher", roles=ROLES),
     "magnitude N:M": lambda: magnitude(sparsity=0.5, groups=NM(1, 2), budget="global"),
     "random": lambda: random(sparsity=0.5),
+    "wanda": lambda: wanda(sparsity=0.5, end=3),
+    "wanda out, by Fisher": lambda: wanda(sparsity={"a/.*": 0.3, ".*": 0.6}, groups="out", budget="fisher", roles=ROLES),
+    "wanda N:M": lambda: wanda(sparsity=0.5, groups=NM(1, 2), begin=1, end=3),
+    "wanda as PQuantML": lambda: wanda(sparsity=0.5, budget="global", compat="pquantml"),
     "fixed": formats,
     "hgq SAT": lambda: trained("SAT", "SAT"),
     "hgq SAT_SYM": lambda: trained("SAT_SYM", "SAT_SYM"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import jax
@@ -20,7 +20,7 @@ from pquant_jax._base import AxisRole
 from pquant_jax._errors import TransformError, did_you_mean
 from pquant_jax.transforms import kth_largest
 
-NAMES: Final = ("weight", "in", "out", "filter", "head", "layer")
+NAMES: Final = ("weight", "row", "in", "out", "filter", "head", "layer")
 
 
 @dataclass(frozen=True)
@@ -72,19 +72,22 @@ class Layout:
     expand: what `scores` gives -> kernel, each weight with the value of its group.
     sizes: weights per group, the same shape, int32: the last block of an axis may be smaller.
     keep: of the last axis, how many stay; None where a fraction of all groups does.
+    inside: the fraction is that of every last axis by itself.
     """
 
     scores: Callable[[jax.Array], jax.Array]
     expand: Callable[[jax.Array], jax.Array]
     sizes: np.ndarray
     keep: int | None = None
+    inside: bool = False
 
 
 def layout(path: str, shape: tuple[int, ...], groups: Groups = "weight", roles: Mapping[str, AxisRole] | None = None) -> Layout:
     """How a kernel of this shape is cut.  roles: `inst.roles`; without one the last axis is the output.
 
-    "weight", "in" and "out" channels, "filter" (all positions of a convolution's one input and output channel), "head" (an
-    axis of its own in front of another), "layer", or NM, Block, Cross, Reuse, Heads.
+    "weight", "row" (weights, as many in every output channel), "in" and "out" channels, "filter" (all positions of a
+    convolution's one input and output channel), "head" (an axis of its own in front of another), "layer", or NM, Block,
+    Cross, Reuse, Heads.
     Raises: TransformError for an unknown name, or groups that the kernel can't be cut into.
 
     >>> cut = layout("kernel", (2, 3), "out")
@@ -100,6 +103,8 @@ def layout(path: str, shape: tuple[int, ...], groups: Groups = "weight", roles: 
     match groups:
         case "weight":
             return Layout(lambda w: w, lambda v: v, np.ones(shape, np.int32))
+        case "row":
+            return replace(_rows_of(shape, order, flat, flat[1], flat[1]), keep=None, inside=True)
         case NM(n, m):
             if not 0 < n <= m:
                 raise TransformError(f"{path}: NM(n={n}, m={m}) keeps n of every m, expected 0 < n <= m")
@@ -209,6 +214,9 @@ def survivors(cut: Layout, scores: jax.Array, sparsity: jax.Array) -> jax.Array:
     if cut.keep is not None:
         rank = jnp.argsort(jnp.argsort(-scores, axis=-1, stable=True), axis=-1)
         return jnp.where(sparsity > 0, rank < cut.keep, True).astype(jnp.float32)
+    if cut.inside:
+        rank = jnp.argsort(jnp.argsort(-scores, axis=-1, stable=True), axis=-1)
+        return (rank < jnp.round((1 - sparsity) * scores.shape[-1])).astype(jnp.float32)
     rank = jnp.argsort(jnp.argsort(-scores.ravel(), stable=True)).reshape(scores.shape)
     total = math.prod(jax.eval_shape(cut.expand, scores).shape)
     wanted = (1 - sparsity) * total
@@ -231,10 +239,16 @@ def survivors(cut: Layout, scores: jax.Array, sparsity: jax.Array) -> jax.Array:
 def straddling(cut: Layout, scores: jax.Array, sparsity: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The lowest score that stays and the highest that goes; differentiable, no sort but inside the m of N:M.
 
-    Scalars, or one per block of N:M, broadcastable to `scores`.
+    Scalars, or one per block of N:M and per "row", broadcastable to `scores`.
     """
     if cut.keep is not None:
         ranked = jnp.sort(scores, axis=-1)[..., ::-1]
         return ranked[..., cut.keep - 1 : cut.keep], ranked[..., min(cut.keep, ranked.shape[-1] - 1)][..., None]
-    kept = jnp.clip(jnp.round((1 - sparsity) * scores.size).astype(jnp.int32), 1, max(scores.size - 1, 1))
-    return kth_largest(scores, kept), kth_largest(scores, jnp.minimum(kept + 1, scores.size))
+    size = scores.shape[-1] if cut.inside else scores.size
+    kept = jnp.clip(jnp.round((1 - sparsity) * size).astype(jnp.int32), 1, max(size - 1, 1))
+    around = kept, jnp.minimum(kept + 1, size)
+    if cut.inside:
+        rows = scores.reshape(-1, size)
+        stays, goes = (jax.vmap(kth_largest, (0, None))(rows, k).reshape(*scores.shape[:-1], 1) for k in around)
+        return stays, goes
+    return kth_largest(scores, around[0]), kth_largest(scores, around[1])

@@ -1,110 +1,183 @@
 """PDP: parameter-free differentiable pruning (Cho et al., arXiv:2305.11203).
 
-A soft mask m = sigmoid((w^2 - t^2) / temperature), where t lies half-way between the two magnitudes that straddle the
-target sparsity; the target ramps up over the epochs.
+A soft mask m = sigmoid((s^2 - t^2) / temperature) on the score s of every group, its L2 norm; t lies half-way between the
+two scores that straddle the target, which ramps up over the epochs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from pquant_jax import _tree
-from pquant_jax._base import Event, Params, Stage, Transform, Tree, View
-from pquant_jax.numerics import mask
-from pquant_jax.transforms import entering, hyper, kth_largest, labelled, no_penalty
+from pquant_jax._base import AxisRole, Event, Params, Stage, Stats, Transform, Tree, View
+from pquant_jax._errors import TransformError
+from pquant_jax.prune._groups import NM, Groups, Layout, layout, straddling, survivors
+from pquant_jax.prune._ranked import (
+    Targets,
+    check_budget,
+    check_compat,
+    common_target,
+    kernels_of,
+    masked_view,
+    next_fisher,
+    no_fisher,
+    own_targets,
+    shares,
+)  # fmt: skip
+from pquant_jax.transforms import entering, hyper, labelled, no_penalty
 
 
 class PDPState(NamedTuple):
-    """hyper: sparsity, epsilon, temperature.  stage: of the last step.  ratio: current target sparsity, fraction.
+    """hyper: sparsity, epsilon, temperature.  stage: of the last step.  part: of the target that is in force, fraction.
 
-    mask: {path: [0, 1]}, in force outside the training stage."""
+    ratio: {path: fraction of its groups that go now}.  share: {path: its own target, fraction}.  fisher: {path: E[gradient^2]}
+    where the budget needs it.  mask: {path: [0, 1]}, in force outside the training stage.
+    """
 
     hyper: dict[str, jax.Array]
     stage: jax.Array
-    ratio: jax.Array
+    part: jax.Array
+    ratio: dict[str, jax.Array]
+    share: dict[str, jax.Array]
+    fisher: dict[str, jax.Array]
     mask: dict[str, jax.Array]
 
 
-def soft_mask(w: jax.Array, ratio: jax.Array, temperature: jax.Array) -> jax.Array:
-    """m = sigmoid((w^2 - t^2) / temperature), t = (A[n] + A[n+1]) / 2 with A = |w| descending, n = round((1-ratio) size).
+def soft_mask(cut: Layout, w: jax.Array, ratio: jax.Array, temperature: jax.Array) -> jax.Array:
+    """m = sigmoid((s^2 - t^2) / temperature), t = (s_stays + s_goes) / 2, the scores of groups around the target (eq. 4).
 
-    The count is rounded, not truncated: float32 (1 - 0.8) * 100 is just below 20 and the reference keeps 19.  t carries
-    a gradient through both order statistics.
+    1 where no group goes.  t carries a gradient through both order statistics.
 
-    >>> soft_mask(jnp.float32([4, 3, 2, 1]), jnp.float32(0.5), jnp.float32(1e-5)).tolist()
+    >>> w = jnp.float32([4, 3, 2, 1])
+    >>> soft_mask(layout("kernel", (4,), "weight"), w, jnp.float32(0.5), jnp.float32(1e-5)).tolist()
     [1.0, 1.0, 0.0, 0.0]
     """
-    a = jnp.abs(w)
-    wanted = jnp.round((1 - ratio) * a.size).astype(jnp.int32)
-    kept = jnp.clip(wanted, 1, max(a.size - 1, 1))
-    t = (kth_largest(a, kept) + kth_largest(a, jnp.minimum(kept + 1, a.size))) / 2
-    return jnp.where(wanted >= a.size, jnp.ones_like(w), jax.nn.sigmoid((w * w - t * t) / temperature))
+    s = cut.scores(jnp.abs(w))
+    stays, goes = straddling(cut, s, ratio)
+    t = (stays + goes) / 2
+    size = s.shape[-1] if cut.inside else s.size
+    whole = ratio <= 0 if cut.keep is not None else jnp.round((1 - ratio) * size) >= size
+    if cut.keep == s.shape[-1]:
+        return jnp.ones_like(w)
+    # as a product, since s^2 and t^2 agree in most of their bits where it matters
+    return cut.expand(jnp.where(whole, jnp.ones_like(s), jax.nn.sigmoid((s - t) * (s + t) / temperature)))
 
 
-def pdp(*, sparsity: float, epsilon: float = 0.015, temperature: float = 1e-5) -> Transform:
-    """Prune the smallest magnitudes of every kernel with a soft mask that needs no trained parameter.
+def going(cut: Layout, shape: tuple[int, ...], scores: jax.Array, target: jax.Array, compat: str | None) -> jax.Array:
+    """The fraction of groups that has to go so that the fraction `target` of the weights does.
 
-    The target of epoch e of the training stage is min(1, epsilon * (e + 1)) * sparsity; the mask is stored once per
-    epoch and rounded to 0/1 when fine-tuning begins.
+    Counts round; under "pquantml" they truncate what float32 makes of (1 - target) * groups, and one group goes at least.
+
+    >>> float(going(layout("kernel", (4,), "weight"), (4,), jnp.ones(4), jnp.float32(0.5), None))
+    0.5
+    """
+    size = scores.shape[-1] if cut.inside else scores.size
+    if compat:
+        kept = jnp.clip(jnp.trunc((1 - target) * size), 1, max(size - 1, 1))
+        return 1 - kept / size
+    alike = cut.sizes.min() == cut.sizes.max() and cut.sizes.sum() == np.prod(shape)
+    if alike or cut.inside or cut.keep is not None:
+        return target
+    return 1 - jnp.mean(survivors(cut, scores, target))
+
+
+def pdp(
+    *,
+    sparsity: Targets,
+    epsilon: float = 0.015,
+    temperature: float = 1e-5,
+    groups: Groups = "weight",
+    budget: str = "layer",
+    roles: Mapping[str, AxisRole] | None = None,
+    compat: str | None = None,
+) -> Transform:
+    """Prune the groups of the smallest L2 norm with a soft mask that needs no trained parameter.
+
+    The target of epoch e of the training stage is min(1, epsilon * (e + 1)) * sparsity.  The soft mask is stored once per
+    epoch; when fine-tuning begins, the mask becomes 0/1 and exact for what the ramp has reached: within one weight or
+    group of the target, N:M in every block.  N:M is in force from the first epoch on.
 
     Args:
-      sparsity: final zeros / total of every kernel, fraction.
+      sparsity: zeros / total, a fraction, or one for each rule: {"Dense_0/.*": 0.5, ".*": 0.9}.
       epsilon: ramp, fraction of the target per epoch.
       temperature: softness, in units of w^2.
-    Raises: TransformError for a model without kernels.
+      groups: what is pruned together: "weight", "row", "in", "out", "filter", "head", "layer", NM, Block, Cross, Reuse, Heads.
+      budget: "layer", "global" or "fisher", as in `magnitude`; distributed anew before every epoch.
+      roles: `inst.roles`, which says what input and output are; default the last axis is the output.
+      compat: "pquantml" truncates the count that stays in float32 (19 of 100 at 0.8) and fine-tunes with the stored soft
+        mask rounded at 0.5.
+    Raises: TransformError for a model without kernels, a rule without a match, groups that a kernel can't be cut into, or
+      N:M under "pquantml", which has none.
 
     >>> t = pdp(sparsity=0.5, epsilon=1.0)
     >>> params = t.attach({"kernel": jnp.float32([[4.0, 3.0], [2.0, 1.0]])})
-    >>> state = t.init(params)._replace(stage=jnp.int32(Stage.TRAIN), ratio=jnp.float32(0.5))
+    >>> now = dict(event=jnp.int32(Event.PRE_EPOCH), epoch=jnp.int32(0), stage=jnp.int32(Stage.TRAIN))
+    >>> _, state = t.boundary(params, t.init(params), **now)
     >>> t.apply(params, state)[0].model["kernel"].tolist()
     [[4.0, 3.0], [0.0, 0.0]]
     """
+    check_budget(budget)
+    check_compat(compat)
+    if compat and isinstance(groups, NM):
+        raise TransformError(f"groups is {groups}, but PQuantML has no N:M in PDP; leave out compat='pquantml'")
+
+    def cuts_of(kernels: Mapping[str, jax.Array]) -> dict[str, Layout]:
+        return {p: layout(p, w.shape, groups, roles) for p, w in kernels.items()}
 
     def attach(model: Tree) -> Params:
-        _tree.select(model, _tree.is_kernel)
+        kernels = kernels_of(model)
+        cuts_of(kernels)
         return Params(model, {})
 
     def init(params: Params) -> PDPState:
-        ones = {p: jnp.ones(w.shape, jnp.float32) for p, w in _kernels(params.model).items()}
-        hypers = hyper(sparsity=sparsity, epsilon=epsilon, temperature=temperature)
-        return PDPState(hypers, jnp.asarray(Stage.PRETRAIN, jnp.int32), jnp.zeros((), jnp.float32), ones)
+        kernels = kernels_of(params.model)
+        return PDPState(
+            hyper(sparsity=common_target(sparsity), epsilon=epsilon, temperature=temperature),
+            jnp.asarray(Stage.PRETRAIN, jnp.int32),
+            jnp.zeros((), jnp.float32),
+            {p: jnp.zeros((), jnp.float32) for p in kernels},
+            own_targets(sparsity, kernels),
+            no_fisher(kernels, budget),
+            {p: jnp.ones(w.shape, jnp.float32) for p, w in kernels.items()},
+        )
 
-    def soft(model: Tree, state: PDPState) -> dict[str, jax.Array]:
-        return {p: soft_mask(w, state.ratio, state.hyper["temperature"]) for p, w in _kernels(model).items()}
+    def soft(kernels: dict[str, jax.Array], state: PDPState) -> dict[str, jax.Array]:
+        temperature = state.hyper["temperature"]
+        return {p: soft_mask(cut, kernels[p], state.ratio[p], temperature) for p, cut in cuts_of(kernels).items()}
 
     def apply(params: Params, state: PDPState) -> tuple[View, PDPState]:
-        training = state.stage == Stage.TRAIN
-        masks = {p: jnp.where(training, m, state.mask[p]) for p, m in soft(params.model, state).items()}
-        pruned = {p: mask(w, masks[p]) for p, w in _kernels(params.model).items()}
-        return View(_tree.replace(params.model, pruned), {}, masks), state
+        fresh, training = soft(kernels_of(params.model), state), state.stage == Stage.TRAIN
+        return masked_view(params.model, {p: jnp.where(training, m, state.mask[p]) for p, m in fresh.items()}), state
 
-    def step(params: Params, state: PDPState, *, stage: Any, **extra: Any) -> tuple[Params, PDPState]:
+    def step(params: Params, state: PDPState, *, stage: Any, stats: Stats | None = None, **extra: Any) -> tuple[Params, PDPState]:
         del extra
-        return params, state._replace(stage=jnp.asarray(stage, jnp.int32))
+        return params, state._replace(stage=jnp.asarray(stage, jnp.int32), fisher=next_fisher(state.fisher, stats or {}))
 
     def boundary(
         params: Params, state: PDPState, *, view: View | None = None, event: Any, epoch: Any, stage: Any, **extra: Any
     ) -> tuple[Params, PDPState]:
         del extra
-        training = stage == Stage.TRAIN
-        ramp = jnp.minimum(1.0, state.hyper["epsilon"] * (epoch + 1).astype(jnp.float32)) * state.hyper["sparsity"]
-        ratio = jnp.where((event == Event.PRE_EPOCH) & training, ramp, state.ratio)
-        fresh = soft(entering(params, view).model, state)
-        masks = {
-            p: jnp.where(
-                event == Event.PRE_FINETUNE,
-                (m >= 0.5).astype(m.dtype),
-                jnp.where((event == Event.POST_EPOCH) & training, fresh[p], m),
-            )
-            for p, m in state.mask.items()
-        }
-        return params, PDPState(state.hyper, jnp.asarray(stage, jnp.int32), ratio, masks)
+        training, final = stage == Stage.TRAIN, event == Event.PRE_FINETUNE
+        starts, ends = (event == Event.PRE_EPOCH) & training, (event == Event.POST_EPOCH) & training
+        kernels, h = kernels_of(entering(params, view).model), state.hyper
+        cuts = cuts_of(kernels)
+        scores = {p: cut.scores(jnp.abs(kernels[p])) for p, cut in cuts.items()}
+        wanted = {p: jnp.where(jnp.isnan(own), h["sparsity"], own) for p, own in state.share.items()}
+        part = jnp.where(starts, jnp.minimum(1.0, h["epsilon"] * (epoch + 1).astype(jnp.float32)), state.part)
+        share = shares(budget, cuts, kernels, scores, state.fisher, wanted)
+        now = {p: part * v for p, v in share.items()}
+        ratio, masks, fresh = {}, {}, soft(kernels, state)
+        for p, cut in cuts.items():
+            gone = going(cut, kernels[p].shape, scores[p], now[p], compat)
+            ratio[p] = jnp.where(starts, gone, state.ratio[p])
+            stored = state.mask[p]
+            exact = (stored >= 0.5).astype(stored.dtype) if compat else cut.expand(survivors(cut, scores[p], now[p]))
+            masks[p] = jnp.where(final, exact, jnp.where(ends, fresh[p], stored))
+        return params, PDPState(h, jnp.asarray(stage, jnp.int32), part, ratio, state.share, state.fisher, masks)
 
-    return Transform("pdp", attach, init, apply, step, boundary, no_penalty, labelled("pdp", "thresholds"))
-
-
-def _kernels(model: Tree) -> dict[str, jax.Array]:
-    return {p: w for p, w in _tree.flatten(model).items() if _tree.is_kernel(p, w)}
+    needs = frozenset({"gradient"}) if budget == "fisher" else frozenset()
+    return Transform("pdp", attach, init, apply, step, boundary, no_penalty, labelled("pdp", "thresholds"), needs)

@@ -22,13 +22,14 @@ BUDGETS = ("layer", "global", "fisher")
 class RankedState(NamedTuple):
     """hyper: sparsity, begin, end, power.  stage: of the last step.  part: of the target that is in force, fraction.
 
-    share: {path: its own target, fraction}.  seen: {path: what the scores are made of}.  fisher: {path: E[gradient^2]} where
-    the budget needs it.  mask: {path: 0/1}.
+    open: does `seen` take in statistics now, bool.  share: {path: its own target, fraction}.  seen: {path: what the scores are
+    made of}.  fisher: {path: E[gradient^2]} where the budget needs it.  mask: {path: 0/1}.
     """
 
     hyper: dict[str, jax.Array]
     stage: jax.Array
     part: jax.Array
+    open: jax.Array
     share: dict[str, jax.Array]
     seen: Tree
     fisher: dict[str, jax.Array]
@@ -39,15 +40,19 @@ class Method(NamedTuple):
     """How a method scores.
 
     init    ({path: kernel}) -> seen.
-    gather  (seen, stats, training) -> seen, in every step; training: traced bool.
+    gather  (seen, stats, open) -> seen, in every step; open: traced bool, the training stage; with `once` from `begin` on.
     score   (path, kernel, seen) -> importance of every weight, not negative, the kernel's shape.
     needs   statistics for `gather`.
+    once    the mask is made once and then stands still; begin and end count epochs, and nothing ramps.
+    finish  (kernel, mask) -> mask, the last word on it.
     """
 
     init: Callable[[dict[str, jax.Array]], Tree]
     gather: Callable[[Tree, Stats, jax.Array], Tree]
     score: Callable[[str, jax.Array, Tree], jax.Array]
     needs: frozenset[str] = frozenset()
+    once: bool = False
+    finish: Callable[[jax.Array, jax.Array], jax.Array] = lambda kernel, mask: mask
 
 
 def kernels_of(model: Tree) -> dict[str, jax.Array]:
@@ -70,6 +75,49 @@ def own_targets(targets: Targets, paths: Mapping[str, Any]) -> dict[str, jax.Arr
                 f"the target {value} is for {where!r}, which matches no kernel; {did_you_mean(str(where), paths)}"
             )
     return {p: jnp.float32(_tree.first_match(rules, p, float("nan"), leaf)) for p, leaf in paths.items()}
+
+
+def common_target(targets: Targets) -> float:
+    """The target of kernels without a rule of their own: that of ".*", or 0."""
+    return targets.get(".*", 0.0) if isinstance(targets, Mapping) else targets
+
+
+def check_budget(budget: str) -> None:
+    """Raises: TransformError for a name that is none of `BUDGETS`."""
+    if budget not in BUDGETS:
+        raise TransformError(f"budget is {budget!r}; {did_you_mean(budget, BUDGETS)}")
+
+
+def check_compat(compat: str | None) -> None:
+    """Raises: TransformError for a reference that there is none of."""
+    if compat not in (None, "pquantml"):
+        raise TransformError(f"compat is {compat!r}, expected 'pquantml' or None")
+
+
+def no_fisher(kernels: Mapping[str, jax.Array], budget: str) -> dict[str, jax.Array]:
+    """E[gradient^2] before the first step; empty where the budget doesn't need it."""
+    return {p: jnp.zeros(w.shape, jnp.float32) for p, w in kernels.items()} if budget == "fisher" else {}
+
+
+def next_fisher(fisher: Mapping[str, jax.Array], stats: Stats) -> dict[str, jax.Array]:
+    """E[gradient^2] after a step: a running mean over some hundred of them."""
+    return {p: 0.99 * v + 0.01 * jnp.square(stats["gradient"][p]) for p, v in fisher.items()}
+
+
+def shares(
+    budget: str,
+    cuts: Mapping[str, Layout],
+    kernels: Mapping[str, jax.Array],
+    scores: Mapping[str, jax.Array],
+    fisher: Mapping[str, jax.Array],
+    wanted: Mapping[str, jax.Array],
+) -> dict[str, jax.Array]:
+    """{path: sparsity} under the budget.  "fisher" compares w^2 E[g^2], the loss that a weight's absence costs."""
+    if budget == "layer":
+        return dict(wanted)
+    if budget == "fisher":
+        scores = {p: cuts[p].scores(jnp.abs(w) * jnp.sqrt(fisher[p])) for p, w in kernels.items()}
+    return distribute(cuts, scores, wanted)
 
 
 def distribute(
@@ -102,21 +150,23 @@ def ranked(
     method: Method,
     *,
     sparsity: Targets,
-    groups: Groups,
+    groups: Groups | Callable[[tuple[int, ...]], Groups],
     budget: str,
     begin: float,
     end: float,
-    power: float,
+    power: float = 1.0,
     roles: Mapping[str, AxisRole] | None,
 ) -> Transform:
-    """A method that keeps the groups of the highest score; the arguments are those of `magnitude`."""
-    if budget not in BUDGETS:
-        raise TransformError(f"budget is {budget!r}; {did_you_mean(budget, BUDGETS)}")
-    common = sparsity if isinstance(sparsity, (int, float)) else sparsity.get(".*", 0.0)
+    """A method that keeps the groups of the highest score; the arguments are those of `magnitude`.
+
+    groups: also a function of the kernel's shape.
+    """
+    check_budget(budget)
+    ramps = {} if method.once else {"power": power}
     needs = method.needs | (frozenset({"gradient"}) if budget == "fisher" else frozenset())
 
     def cuts_of(kernels: Mapping[str, jax.Array]) -> dict[str, Layout]:
-        return {p: layout(p, w.shape, groups, roles) for p, w in kernels.items()}
+        return {p: layout(p, w.shape, groups(w.shape) if callable(groups) else groups, roles) for p, w in kernels.items()}
 
     def attach(model: Tree) -> Params:
         cuts_of(kernels_of(model))
@@ -124,15 +174,15 @@ def ranked(
 
     def init(params: Params) -> RankedState:
         kernels = kernels_of(params.model)
-        zero = jnp.zeros((), jnp.float32)
-        fisher = {p: jnp.zeros(w.shape, jnp.float32) for p, w in kernels.items()} if budget == "fisher" else {}
+        hypers = hyper(sparsity=common_target(sparsity), begin=begin, end=end, **ramps)
         return RankedState(
-            hyper(sparsity=common, begin=begin, end=end, power=power),
+            hypers,
             jnp.asarray(Stage.PRETRAIN, jnp.int32),
-            zero,
+            jnp.zeros((), jnp.float32),
+            (hypers["begin"] <= 0) | (not method.once),  # a loop that announces no epochs collects as well
             own_targets(sparsity, kernels),
             method.init(kernels),
-            fisher,
+            no_fisher(kernels, budget),
             {p: jnp.ones(w.shape, jnp.float32) for p, w in kernels.items()},
         )
 
@@ -142,8 +192,8 @@ def ranked(
     def step(params: Params, state: RankedState, *, stage: Any, stats: Stats | None = None, **extra: Any) -> tuple[Params, State]:
         del extra
         stats = stats or {}
-        seen = method.gather(state.seen, stats, stage == Stage.TRAIN) if method.needs else state.seen
-        fisher = {p: 0.99 * v + 0.01 * jnp.square(stats["gradient"][p]) for p, v in state.fisher.items()}
+        seen = method.gather(state.seen, stats, (stage == Stage.TRAIN) & state.open) if method.needs else state.seen
+        fisher = next_fisher(state.fisher, stats)
         return params, state._replace(stage=jnp.asarray(stage, jnp.int32), seen=seen, fisher=fisher)
 
     def boundary(
@@ -162,22 +212,22 @@ def ranked(
         cuts = cuts_of(kernels)
         scores = {p: cuts[p].scores(method.score(p, w, state.seen)) for p, w in kernels.items()}
         wanted = {p: jnp.where(jnp.isnan(own), h["sparsity"], own) for p, own in state.share.items()}
-        shares = wanted if budget == "layer" else distribute(cuts, _levels(cuts, kernels, scores, state.fisher), wanted)
-        done = (epoch / jnp.maximum(epochs, 1) - h["begin"]) / jnp.maximum(h["end"] - h["begin"], 1e-6)
-        ramp = jnp.where(done < 0, 0, 1 - (1 - jnp.clip(done, 0, 1)) ** h["power"])
-        final = event == Event.PRE_FINETUNE
+        share = shares(budget, cuts, kernels, scores, state.fisher, wanted)
+        starts, final = (event == Event.PRE_EPOCH) & (stage == Stage.TRAIN), event == Event.PRE_FINETUNE
+        ramp = epoch >= h["end"] if method.once else _ramp(h, epoch / jnp.maximum(epochs, 1))
         part = jnp.where(final, 1, jnp.maximum(state.part, ramp)).astype(jnp.float32)
-        moves = ((event == Event.PRE_EPOCH) & (stage == Stage.TRAIN)) | final
-        fresh = {p: cuts[p].expand(survivors(cuts[p], s, shares[p] * part)) for p, s in scores.items()}
-        masks = {p: jnp.where(moves, fresh[p], m) for p, m in state.mask.items()}
+        moves = (starts | final) & (state.part == 0) if method.once else starts | final
+        fresh = {p: cuts[p].expand(survivors(cuts[p], s, share[p] * part)) for p, s in scores.items()}
+        masks = {p: jnp.where(moves & (part > 0), method.finish(kernels[p], fresh[p]), m) for p, m in state.mask.items()}
         part = jnp.where(moves, part, state.part)
-        return params, state._replace(stage=jnp.asarray(stage, jnp.int32), part=part, mask=masks)
+        begun = jnp.where(event == Event.PRE_EPOCH, starts & (epoch >= h["begin"]), state.open)
+        is_open = begun & (part == 0) if method.once else state.open
+        return params, state._replace(stage=jnp.asarray(stage, jnp.int32), part=part, open=is_open, mask=masks)
 
     return Transform(name, attach, init, apply, step, boundary, no_penalty, labelled(name, "thresholds"), needs)
 
 
-def _levels(cuts: dict[str, Layout], kernels: dict, scores: dict, fisher: dict) -> dict[str, jax.Array]:
-    """What one threshold for all layers compares: the method's scores, or w^2 E[g^2], the loss that a weight's absence costs."""
-    if not fisher:
-        return scores
-    return {p: cuts[p].scores(jnp.abs(w) * jnp.sqrt(fisher[p])) for p, w in kernels.items()}
+def _ramp(h: dict[str, jax.Array], time: jax.Array) -> jax.Array:
+    """How much of the target is in force at `time`, a fraction of the training stage's epochs."""
+    done = (time - h["begin"]) / jnp.maximum(h["end"] - h["begin"], 1e-6)
+    return jnp.where(done < 0, 0, 1 - (1 - jnp.clip(done, 0, 1)) ** h["power"])

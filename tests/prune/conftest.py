@@ -19,7 +19,7 @@ def upstream():
     return jnp.float32([[1, 2, 3, 4], [5, 6, 7, 8]])
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tell():
     """Announce an event to a method and get its parameters and state back."""
 

@@ -37,7 +37,7 @@ def test_the_target_is_met_within_one_group(groups, shape):
             assert abs((mask == 0).sum() - sparsity * w.size) <= largest / 2 + 1
 
 
-@pytest.mark.parametrize("groups", [g for g in KINDS if not isinstance(g, Cross)], ids=str)
+@pytest.mark.parametrize("groups", ["row", *(g for g in KINDS if not isinstance(g, Cross))], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_groups_are_a_partition(groups, shape):
     """Each weight is in one group: its number spread over the kernel, counted, is the size of the group."""
@@ -68,6 +68,21 @@ def test_roles_say_what_the_output_is():
     assert layout("w", (3, 4), "out", role).scores(jnp.asarray(w)).ravel().tolist() == [2.0, 0.0, 2.0]
     assert layout("w", (3, 4), "in", role).sizes.ravel().tolist() == [3] * 4
     np.testing.assert_array_equal(layout("w", (3, 4), NM(1, 2), role).scores(jnp.asarray(w)), w.reshape(3, 2, 2))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_row_is_one_output_channel_and_each_keeps_as_many(shape):
+    cut, w = layout("kernel", shape, "row"), magnitudes(shape)
+    rows = w.reshape(-1, shape[-1])
+    for sparsity in (0.0, 0.3, 0.5, 1.0):
+        kept = np.round((1 - sparsity) * len(rows))
+        mask = mask_of(cut, w, sparsity).reshape(rows.shape)
+        np.testing.assert_array_equal(mask.sum(0), [kept] * shape[-1])
+        assert (np.where(mask == 1, rows, np.inf).min(0) >= np.where(mask == 0, rows, 0).max(0)).all()
+    stays, goes = straddling(cut, cut.scores(jnp.asarray(w)), jnp.float32(0.5))
+    ranked, half = np.sort(rows, 0)[::-1], int(np.round(len(rows) / 2))
+    np.testing.assert_array_equal(stays.ravel(), ranked[half - 1])
+    np.testing.assert_array_equal(goes.ravel(), ranked[half])
 
 
 def test_heads():

@@ -136,7 +136,8 @@ def test_soft_masks_do_not_corrupt_the_codes(plain, tmp_path, order):
     compression = pq.chain(soft, grid) if order == "prune first" else pq.chain(grid, soft)
     params = compression.attach(inst.model.params)
     state = compression.init(params)
-    state["pdp"] = state["pdp"]._replace(stage=jnp.int32(pq.Stage.TRAIN), ratio=jnp.float32(0.5))
+    half = dict.fromkeys(state["pdp"].ratio, jnp.float32(0.5))
+    state["pdp"] = state["pdp"]._replace(stage=jnp.int32(pq.Stage.TRAIN), ratio=half)
     view, _ = compression.apply(params, state)
     assert np.any((np.asarray(view.masks["a/kernel"]) > 0.01) & (np.asarray(view.masks["a/kernel"]) < 0.99))
     if order == "quantize first":

@@ -191,7 +191,7 @@ def test_boundary_reaches_every_method(model, toy):
     opt_state = tx.init(params)
     for epoch, ratio in enumerate((0.125, 0.25, 0.375, 0.5)):
         _, opt_state = tell(opt_state, jnp.int32(Event.PRE_EPOCH), jnp.int32(Stage.TRAIN), jnp.int32(epoch))
-        np.testing.assert_allclose(state_of(opt_state)["pdp"].ratio, ratio, rtol=1e-6)
+        np.testing.assert_allclose(list(state_of(opt_state)["pdp"].ratio.values()), ratio, rtol=1e-6)
     assert int(state_of(opt_state)["toy"].event) == Event.PRE_EPOCH
     assert tell._cache_size() == 1
     plain, _ = boundary(c, params, opt_state, event=Event.POST_EPOCH, stage=Stage.TRAIN)

@@ -1,0 +1,149 @@
+"""AP: pruning of neurons that seldom fire (arXiv:1903.04476).
+
+a = how often an output channel, before its activation, is above 0; the channel stays where a > threshold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pquant_jax._base import AxisRole, Event, Params, Stage, Stats, Transform, Tree, View
+from pquant_jax._errors import TransformError
+from pquant_jax.prune._groups import Layout, layout, survivors
+from pquant_jax.prune._ranked import check_compat, kernels_of, masked_view
+from pquant_jax.transforms import hyper, labelled, no_penalty
+
+
+class APState(NamedTuple):
+    """hyper: threshold or target, begin, period.  stage: of the last step.
+
+    done: epochs of the training stage since the start.  since: of them, those collected since the last mask.
+    batches: seen since then.  mean: {path: activity over them, fraction, per output channel}.
+    score: {path: the activity that the mask was made of}.  mask: {path: 0/1}.
+    """
+
+    hyper: dict[str, jax.Array]
+    stage: jax.Array
+    done: jax.Array
+    since: jax.Array
+    batches: jax.Array
+    mean: dict[str, jax.Array]
+    score: dict[str, jax.Array]
+    mask: dict[str, jax.Array]
+
+
+def ap(
+    *,
+    threshold: float | None = None,
+    target: float | None = None,
+    begin: float = 0.0,
+    period: float = 1.0,
+    roles: Mapping[str, AxisRole] | None = None,
+    compat: str | None = None,
+) -> Transform:
+    """Prune output channels that are above 0 in at most a fraction `threshold` of samples and positions.
+
+    The activity is averaged over the batches of `period` epochs of the training stage, the first `begin` of which don't
+    count; at the end of each period, and when fine-tuning begins with a mean not used yet, the mask is made anew.  The
+    activity of a pruned channel says nothing but its bias's sign, so it keeps the one that it was pruned for.
+
+    Args:
+      threshold: activity, a fraction of samples; give either this or
+      target: the fraction of every kernel's channels to prune, exact, the least active ones.
+      begin, period: epochs.
+      roles: `inst.roles`, which says what the output channels are; default the last axis.
+      compat: "pquantml" waits `begin` epochs again after every mask, prunes nothing when fine-tuning begins, and lets a
+        pruned channel return once its bias is positive.
+    Raises: TransformError for both or none of threshold and target, or a kernel without the statistic "active".
+
+    >>> t = ap(threshold=0.2)
+    >>> params = t.attach({"kernel": jnp.ones((1, 2))})
+    >>> seen = {"active": {"kernel": jnp.float32([[0.5, 0.1]])}}
+    >>> _, state = t.step(params, t.init(params), stage=jnp.int32(Stage.TRAIN), stats=seen)
+    >>> _, state = t.boundary(params, state, event=Event.POST_EPOCH, stage=jnp.int32(Stage.TRAIN))
+    >>> t.apply(params, state)[0].model["kernel"].tolist()
+    [[1.0, 0.0]]
+    """
+    if (threshold is None) == (target is None):
+        raise TransformError(f"threshold is {threshold}, target {target}; expected one of them")
+    check_compat(compat)
+    aim = {name: v for name, v in (("threshold", threshold), ("target", target)) if v is not None}
+
+    def cuts_of(kernels: Mapping[str, jax.Array]) -> dict[str, Layout]:
+        return {p: layout(p, w.shape, "out", roles) for p, w in kernels.items()}
+
+    def attach(model: Tree) -> Params:
+        kernels_of(model)
+        return Params(model, {})
+
+    def init(params: Params) -> APState:
+        kernels = kernels_of(params.model)
+        sizes = {p: cut.sizes.shape for p, cut in cuts_of(kernels).items()}
+        return APState(
+            hyper(**aim, begin=begin, period=period),
+            jnp.asarray(Stage.PRETRAIN, jnp.int32),
+            jnp.zeros((), jnp.int32),
+            jnp.zeros((), jnp.int32),
+            jnp.zeros((), jnp.float32),
+            {p: jnp.zeros(s, jnp.float32) for p, s in sizes.items()},
+            {p: jnp.ones(s, jnp.float32) for p, s in sizes.items()},
+            {p: jnp.ones(w.shape, jnp.float32) for p, w in kernels.items()},
+        )
+
+    def apply(params: Params, state: APState) -> tuple[View, APState]:
+        return masked_view(params.model, state.mask), state
+
+    def step(params: Params, state: APState, *, stage: Any, stats: Stats | None = None, **extra: Any) -> tuple[Params, APState]:
+        del extra
+        collects = (stage == Stage.TRAIN) & (state.done >= state.hyper["begin"])
+        batches = state.batches + collects
+        part = jnp.where(collects, 1 / jnp.maximum(batches, 1), 0)
+        mean = {p: v + part * (_activity(p, v.shape, stats or {}) - v) for p, v in state.mean.items()}
+        return params, state._replace(stage=jnp.asarray(stage, jnp.int32), batches=batches, mean=mean)
+
+    def boundary(params: Params, state: APState, *, event: Any, stage: Any, **extra: Any) -> tuple[Params, APState]:
+        del extra
+        cuts, h = cuts_of(kernels_of(params.model)), state.hyper
+        ended = (event == Event.POST_EPOCH) & (stage == Stage.TRAIN)
+        since = state.since + (ended & (state.done >= h["begin"]))
+        renews = ended & (since >= h["period"])
+        if compat is None:
+            renews = renews | (event == Event.PRE_FINETUNE)
+        renews = renews & (state.batches > 0)
+        score, masks = {}, {}
+        for p, cut in cuts.items():
+            seen = state.mean[p] if compat else jnp.where(cut.scores(state.mask[p]) > 0, state.mean[p], state.score[p])
+            stays = survivors(cut, seen, h["target"]) if threshold is None else (seen > h["threshold"]).astype(jnp.float32)
+            score[p] = jnp.where(renews, seen, state.score[p])
+            masks[p] = jnp.where(renews, cut.expand(stays), state.mask[p])
+        done = state.done + ended
+        return params, state._replace(
+            stage=jnp.asarray(stage, jnp.int32),
+            done=jnp.where(renews, 0, done) if compat else done,
+            since=jnp.where(renews, 0, since),
+            batches=jnp.where(renews, 0, state.batches),
+            mean={p: jnp.where(renews, 0, v) for p, v in state.mean.items()},
+            score=score,
+            mask=masks,
+        )
+
+    return Transform("ap", attach, init, apply, step, boundary, no_penalty, labelled("ap", "thresholds"), frozenset({"active"}))
+
+
+def _activity(path: str, shape: tuple[int, ...], stats: Stats) -> jax.Array:
+    """The statistic of one kernel, per output channel."""
+    active = stats.get("active", {})
+    if path not in active:
+        raise TransformError(
+            f"AP needs the statistic 'active' of {path}, which makes no output; choose the kernels: masked(ap(...), where)"
+        )
+    if active[path].shape != shape:
+        raise TransformError(
+            f"the activity of {path} has the shape {active[path].shape}, expected {shape} of its output channels; "
+            "say which axes they are: ap(roles=inst.roles)"
+        )
+    return active[path]
