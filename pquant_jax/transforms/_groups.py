@@ -1,0 +1,240 @@
+"""Groups: which weights of a kernel live and die together, and how the survivors are chosen.
+
+A kernel is cut into blocks: axis a of size n_a into n_a / b_a pieces of b_a (zeros fill up the last one).  Every kind of
+group is a choice of b, after an optional flattening; N:M is the choice of survivors inside a block instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pquant_jax._base import AxisRole
+from pquant_jax._errors import TransformError, did_you_mean
+from pquant_jax.transforms._order import kth_largest
+
+NAMES: Final = ("weight", "in", "out", "filter", "head", "layer")
+
+
+@dataclass(frozen=True)
+class NM:
+    """N:M sparsity: of every `m` weights in a row along the input, the `n` largest stay."""
+
+    n: int
+    m: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """Blocks of `h` inputs by `w` outputs."""
+
+    h: int
+    w: int
+
+
+@dataclass(frozen=True)
+class Cross:
+    """Tiles of `h` inputs by `w` outputs (None: all); a weight lives where both its row and its column of the tile do."""
+
+    h: int | None = None
+    w: int | None = None
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """The weights that one multiplier of hls4ml works off: `factor` in a row of the kernel written out as (out, in)."""
+
+    factor: int
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Output channels in `heads` equal parts, where the kernel has no axis of its own for them."""
+
+    heads: int
+
+
+Groups = str | NM | Block | Cross | Reuse | Heads
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One kernel cut into groups.
+
+    scores: (kernel of non-negative values) -> (groups,) or (blocks, m), the L2 norm of each.
+    expand: what `scores` gives -> kernel, each weight with the value of its group.
+    sizes: weights per group, the same shape, int32: the last block of an axis may be smaller.
+    keep: of the last axis, how many stay; None where a fraction of all groups does.
+    """
+
+    scores: Callable[[jax.Array], jax.Array]
+    expand: Callable[[jax.Array], jax.Array]
+    sizes: np.ndarray
+    keep: int | None = None
+
+
+def layout(path: str, shape: tuple[int, ...], groups: Groups = "weight", roles: Mapping[str, AxisRole] | None = None) -> Layout:
+    """How a kernel of this shape is cut.  roles: `inst.roles`; without one the last axis is the output.
+
+    "weight", "in" and "out" channels, "filter" (all positions of a convolution's one input and output channel), "head" (an
+    axis of its own in front of another), "layer", or NM, Block, Cross, Reuse, Heads.
+    Raises: TransformError for an unknown name, or groups that the kernel can't be cut into.
+
+    >>> cut = layout("kernel", (2, 3), "out")
+    >>> cut.scores(jnp.float32([[3, 0, 1], [4, 0, 0]])).tolist()
+    [[5.0, 0.0, 1.0]]
+    >>> cut.expand(jnp.float32([[1, 0, 1]])).tolist()
+    [[1.0, 0.0, 1.0], [1.0, 0.0, 1.0]]
+    """
+    role = (roles or {}).get(path, AxisRole(tuple(range(len(shape) - 1)), (len(shape) - 1,), ""))
+    order = (*role.out_axes, *(a for a in range(len(shape)) if a not in role.out_axes))  # outputs first, as (out, in)
+    out = math.prod(shape[a] for a in role.out_axes)
+    flat = (out, math.prod(shape) // max(out, 1))
+    match groups:
+        case "weight":
+            return Layout(lambda w: w, lambda v: v, np.ones(shape, np.int32))
+        case NM(n, m):
+            if not 0 < n <= m:
+                raise TransformError(f"{path}: NM(n={n}, m={m}) keeps n of every m, expected 0 < n <= m")
+            return _rows_of(shape, order, flat, m, n)
+        case Block(h, w):
+            return _blocks(path, shape, order, flat, (w, h))
+        case Cross(h, w):
+            return _cross(path, shape, order, flat, (w or flat[0], h or flat[1]))
+        case Reuse(factor):
+            return _blocks(path, shape, order, (1, math.prod(shape)), (1, factor))
+        case Heads(heads):
+            if heads < 1 or out % heads:
+                raise TransformError(f"{path}: {out} output channels can't be cut into {heads} equal heads")
+            return _blocks(path, shape, order, flat, (out // heads, flat[1]))
+        case str():
+            return _blocks(path, shape, tuple(range(len(shape))), shape, _named_block(path, shape, groups, role))
+    raise TransformError(f"groups is {groups!r}, expected one of {', '.join(NAMES)}, or NM, Block, Cross, Reuse, Heads")
+
+
+def _named_block(path: str, shape: tuple[int, ...], name: str, role: AxisRole) -> tuple[int, ...]:
+    """The block of a named kind: 1 along the axes that keep groups apart, all of the others."""
+    ins = tuple(a for a in range(len(shape)) if a not in role.out_axes)
+    channel = ins[-1:]  # positions of a convolution come before its input channels
+    if name == "head":
+        heads = role.out_axes if len(role.out_axes) > 1 else ins if len(ins) == 2 and len(shape) == 3 else ()
+        if not heads:
+            raise TransformError(f"{path}: a kernel of shape {shape} has no axis of heads; say how many: Heads(...)")
+        apart: tuple[int, ...] = heads[:1]
+    elif name in NAMES:
+        apart = {"in": channel, "out": role.out_axes, "filter": (*channel, *role.out_axes), "layer": ()}[name]
+    else:
+        raise TransformError(f"groups is {name!r}; {did_you_mean(name, NAMES)}")
+    return tuple(1 if a in apart else n for a, n in enumerate(shape))
+
+
+def _turned(shape: tuple[int, ...], order: tuple[int, ...], flat: tuple[int, ...]) -> tuple[Callable, Callable]:
+    """The kernel as an array of shape `flat`, and back."""
+    turned, back = tuple(shape[a] for a in order), tuple(int(a) for a in np.argsort(order))
+    return lambda w: w.transpose(order).reshape(flat), lambda v: v.reshape(turned).transpose(back)
+
+
+def _blocks(path: str, shape: tuple, order: tuple, flat: tuple, block: tuple) -> Layout:
+    if any(b < 1 for b in block):
+        raise TransformError(f"{path}: groups of {' x '.join(map(str, block))} weights are empty")
+    there, back = _turned(shape, order, flat)
+    counts = tuple(math.ceil(n / b) for n, b in zip(flat, block, strict=True))
+    whole = tuple(c * b for c, b in zip(counts, block, strict=True))
+    apart = tuple(v for pair in zip(counts, block, strict=True) for v in pair)
+    inner = tuple(range(1, len(apart), 2))
+
+    def cut(v):
+        return jnp.pad(v, [(0, w - n) for n, w in zip(flat, whole, strict=True)]).reshape(apart)
+
+    lengths = [np.minimum(b, n - b * np.arange(c)) for n, b, c in zip(flat, block, counts, strict=True)]
+    sizes = functools.reduce(np.multiply.outer, lengths).astype(np.int32)
+    even = np.sqrt(sizes.mean() / np.maximum(sizes, 1)).astype(np.float32)  # smaller blocks compare by their mean square
+
+    def scores(w: jax.Array) -> jax.Array:
+        square = jnp.sum(jnp.square(cut(there(w))), inner)
+        return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0) * even
+
+    def expand(v: jax.Array) -> jax.Array:
+        spread = jnp.broadcast_to(jnp.expand_dims(v, tuple(inner)), apart).reshape(whole)
+        return back(spread[tuple(slice(n) for n in flat)])
+
+    return Layout(scores, expand, sizes)
+
+
+def _rows_of(shape: tuple, order: tuple, flat: tuple, m: int, keep: int) -> Layout:
+    there, back = _turned(shape, order, flat)
+    rows = math.ceil(flat[1] / m)
+
+    def scores(w: jax.Array) -> jax.Array:
+        return jnp.pad(there(w), ((0, 0), (0, rows * m - flat[1]))).reshape(flat[0], rows, m)
+
+    def expand(v: jax.Array) -> jax.Array:
+        return back(v.reshape(flat[0], rows * m)[:, : flat[1]])
+
+    return Layout(scores, expand, np.ones((flat[0], rows, m), np.int32), keep)
+
+
+def _cross(path: str, shape: tuple, order: tuple, flat: tuple, tile: tuple) -> Layout:
+    """Both partitions one after the other in one vector: the rows of all tiles, then the columns."""
+    rows, columns = (_blocks(path, shape, order, flat, b) for b in ((tile[0], 1), (1, tile[1])))
+    n, mean = rows.sizes.size, (rows.sizes.mean(), columns.sizes.mean())
+
+    def scores(w: jax.Array) -> jax.Array:
+        parts = [part.scores(w).ravel() / np.float32(np.sqrt(size)) for part, size in zip((rows, columns), mean, strict=True)]
+        return jnp.concatenate(parts)
+
+    def expand(v: jax.Array) -> jax.Array:
+        return rows.expand(v[:n].reshape(rows.sizes.shape)) * columns.expand(v[n:].reshape(columns.sizes.shape))
+
+    return Layout(scores, expand, np.concatenate([rows.sizes.ravel(), columns.sizes.ravel()]))
+
+
+def survivors(cut: Layout, scores: jax.Array, sparsity: jax.Array) -> jax.Array:
+    """1 for the groups that stay, 0 for the others, of the shape of `scores`; float32.
+
+    Exact to one group: as many of the highest scores stay as come closest to (1 - sparsity) of the weights, ties broken
+    by place; N:M keeps its n of every m whatever `sparsity` is above 0.  Sorts, so it belongs between epochs.
+
+    >>> cut = layout("kernel", (4,), "weight")
+    >>> survivors(cut, jnp.float32([1, 1, 1, 1]), jnp.float32(0.5)).tolist()
+    [1.0, 1.0, 0.0, 0.0]
+    """
+    if cut.keep is not None:
+        rank = jnp.argsort(jnp.argsort(-scores, axis=-1, stable=True), axis=-1)
+        return jnp.where(sparsity > 0, rank < cut.keep, True).astype(jnp.float32)
+    rank = jnp.argsort(jnp.argsort(-scores.ravel(), stable=True)).reshape(scores.shape)
+    total = math.prod(jax.eval_shape(cut.expand, scores).shape)
+    wanted = (1 - sparsity) * total
+
+    def weights(k: jax.Array) -> jax.Array:
+        return jnp.sum(cut.expand((rank < k).astype(jnp.float32)))
+
+    def halve(_: int, bounds: tuple) -> tuple:
+        low, high = bounds
+        middle = (low + high) // 2
+        enough = weights(middle) >= wanted
+        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+    span = jnp.int32(0), jnp.int32(scores.size)
+    fewer, enough = jax.lax.fori_loop(0, max(scores.size, 2).bit_length(), halve, span)
+    k = jnp.where(wanted - weights(fewer) < weights(enough) - wanted, fewer, enough)
+    return (rank < k).astype(jnp.float32)
+
+
+def straddling(cut: Layout, scores: jax.Array, sparsity: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The lowest score that stays and the highest that goes; differentiable, no sort but inside the m of N:M.
+
+    Scalars, or one per block of N:M, broadcastable to `scores`.
+    """
+    if cut.keep is not None:
+        ranked = jnp.sort(scores, axis=-1)[..., ::-1]
+        return ranked[..., cut.keep - 1 : cut.keep], ranked[..., min(cut.keep, ranked.shape[-1] - 1)][..., None]
+    kept = jnp.clip(jnp.round((1 - sparsity) * scores.size).astype(jnp.int32), 1, max(scores.size - 1, 1))
+    return kth_largest(scores, kept), kth_largest(scores, jnp.minimum(kept + 1, scores.size))
