@@ -153,7 +153,7 @@ def nearest(w: jax.Array, found: Dominant, epsilon: float, alpha: float, distanc
     hard, q = jnp.take_along_axis(table, at[:, None], 1)[:, 0], p[at]
     if distance == "hamming":
         alive = through(s, 1 - near_zero(jnp.square(w), alpha, "coarse"))
-        return jnp.sum(jnp.abs(alive - q), 1), hard, q
+        return jnp.sum(jnp.abs(s - q) * jnp.abs(alive - q), 1), hard, q  # the gradient of |0| is not 0
     if distance == "valued_hamming":
         return jnp.sum(jnp.abs(s - q) * size, 1), hard, q
     return cosine(jnp.sum(jnp.square(w) * q, 1)), hard, q

@@ -29,7 +29,9 @@ def model(key):
 
 
 def tell(t, params, state, event, stage):
-    return t.boundary(params, state, stats={}, **{k: jnp.int32(v) for k, v in dict(event=event, stage=stage, epoch=0, epochs=1).items()})
+    return t.boundary(
+        params, state, stats={}, **{k: jnp.int32(v) for k, v in dict(event=event, stage=stage, epoch=0, epochs=1).items()}
+    )
 
 
 @pytest.mark.parametrize("stage", OFF)
@@ -69,7 +71,9 @@ def test_the_multiplier_grows_in_the_references_pretraining_and_not_in_ours(mode
     assert np.all(np.diff(theirs)[1:] > 0) and theirs[0] == 1
 
 
-@pytest.mark.parametrize("duals", [optax.adam(0.1), optax.sgd(0.1, momentum=0.9), optax.adamw(0.1, weight_decay=0.1)], ids=range(3))
+@pytest.mark.parametrize(
+    "duals", [optax.adam(0.1), optax.sgd(0.1, momentum=0.9), optax.adamw(0.1, weight_decay=0.1)], ids=range(3)
+)
 def test_momentum_and_decay_do_not_move_a_frozen_multiplier(model, duals):
     stages = [Stage.PRETRAIN] * 2 + [Stage.TRAIN] * 3 + [Stage.FINETUNE] * 3
     seen = np.asarray(run(mdmm(value, kind="==", target=50.0, initial=0.7), model, stages, duals))
@@ -98,7 +102,9 @@ def test_the_mask_of_fine_tuning_is_frozen_where_the_reference_makes_it_anew(mod
         grown = params._replace(model=jax.tree.map(lambda w: w + 10, model))
         view, _ = t.apply(grown, state)
         np.testing.assert_array_equal(view.masks["a/kernel"], kept if compat is None else np.ones((4, 6)))
-        np.testing.assert_array_equal(view.model["a"]["kernel"], np.where(view.masks["a/kernel"] == 1, grown.model["a"]["kernel"], 0))
+        np.testing.assert_array_equal(
+            view.model["a"]["kernel"], np.where(view.masks["a/kernel"] == 1, grown.model["a"]["kernel"], 0)
+        )
 
 
 def test_masks_of_groups(model):
@@ -122,7 +128,10 @@ def test_every_layer_has_a_multiplier_of_its_own(model):
 
 def test_the_metric_sees_what_the_rest_of_the_chain_made(model):
     """of="view" counts what another method masked; of="params" does not."""
-    inner = {of: mdmm(metrics.sparsity(epsilon=0.0, of=of), kind="==", target=0.0, damping=0.0, initial=1.0) for of in ("view", "params")}
+    inner = {
+        of: mdmm(metrics.sparsity(epsilon=0.0, of=of), kind="==", target=0.0, damping=0.0, initial=1.0)
+        for of in ("view", "params")
+    }
     for of, t in inner.items():
         chained = pq.chain(pq.prune.magnitude(sparsity=0.5), t)
         params = chained.attach(model)

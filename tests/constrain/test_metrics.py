@@ -140,7 +140,11 @@ def test_a_memory_is_free_only_where_all_its_multipliers_are():
 def test_groups_follow_the_roles(kernels):
     w = kernels["a/kernel"]
     turned = {"a/kernel": AxisRole((1,), (0,), "x")}
-    for make in (lambda r: group_sparsity("out", roles=r), lambda r: nm_violation(2, 4, roles=r), lambda r: dsp_sparsity(reuse=4, roles=r)):
+    for make in (
+        lambda r: group_sparsity("out", roles=r),
+        lambda r: nm_violation(2, 4, roles=r),
+        lambda r: dsp_sparsity(reuse=4, roles=r),
+    ):
         assert of(make(turned), {"a/kernel": w.T}) == of(make(None), {"a/kernel": w}) > 0
 
 
