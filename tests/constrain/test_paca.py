@@ -117,8 +117,10 @@ def test_the_gradient_leads_to_the_patterns(distance):
     assert 0 < on.sum() < on.size
     assert np.all(np.isfinite(slope)) and np.any(slope != 0)
     assert np.allclose(slope[:, :, on], 0, atol=1e-6)
-    after = jax.jit(lambda w: jax.lax.fori_loop(0, 200, lambda _, w: w - 0.2 * jax.grad(off)(w), w))(jnp.asarray(w))
-    assert float(off(after)) < 0.7 * float(off(jnp.asarray(w)))
+    noise = 0.03 * np.random.default_rng(0).choice([-1, 1], w.shape)  # a weight of exactly 0 knows no direction
+    start = jnp.asarray(np.where(w == 0, noise, w), jnp.float32)
+    after = jax.jit(lambda w: jax.lax.fori_loop(0, 400, lambda _, w: w - 2 * jax.grad(off)(w), w))(start)
+    assert float(off(after)) < 0.5 * float(off(start))
 
 
 @pytest.mark.parametrize(
