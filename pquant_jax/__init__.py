@@ -8,7 +8,7 @@
 'chain(dst, hgq)'
 """
 
-from pquant_jax import data, graph, numerics, prune, quantize, train, transforms
+from pquant_jax import constrain, data, graph, numerics, prune, quantize, train, transforms
 from pquant_jax._base import KIF, AxisRole, Event, InputSpec, Params, SiteSpec, Stage, Transform, View
 from pquant_jax._errors import (
     ConfigError,
@@ -77,6 +77,7 @@ __all__ = [
     "boundary",
     "calibrate",
     "chain",
+    "constrain",
     "data",
     "ebops",
     "finalize",

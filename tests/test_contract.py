@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from pquant_jax._base import AxisRole, Event, Params, SiteSpec, Stage, State, Transform, View
+from pquant_jax.constrain import mdmm, metrics, patterns
 from pquant_jax.numerics import total_bits
 from pquant_jax.prune import NM, Block, Cross, ap, autosparse, cs, dst, frozen, magnitude, pdp, random, wanda
 from pquant_jax.quantize import Format, fixed, hgq
@@ -57,6 +58,16 @@ def formats() -> Transform:
     return fixed(SITES, weights=Format(k=1, i=0, f=3), activations=Format(i=2, f=3))
 
 
+def constrained(**options: Any) -> Transform:
+    metric = metrics.sparsity(epsilon=0.3, mode="smooth", alpha=1.0, per="layer")
+    return mdmm(metric, **{"kind": ">=", "target": 0.9, "prunes": 0.3, **options})
+
+
+def few_patterns() -> Transform:
+    found = patterns(num_patterns=2, block=(2, 2), distance="valued_hamming", epsilon=0.3, roles=ROLES)
+    return mdmm(found.metric, kind="==", target=0.0, prunes=found.masks)
+
+
 METHODS: dict[str, Callable[[], Transform]] = {
     "identity": identity,
     "autosparse": lambda: autosparse(threshold_init=-1.0),
@@ -89,6 +100,10 @@ METHODS: dict[str, Callable[[], Transform]] = {
     "wanda out, by Fisher": lambda: wanda(sparsity={"a/.*": 0.3, ".*": 0.6}, groups="out", budget="fisher", roles=ROLES),
     "wanda N:M": lambda: wanda(sparsity=0.5, groups=NM(1, 2), begin=1, end=3),
     "wanda as PQuantML": lambda: wanda(sparsity=0.5, budget="global", compat="pquantml"),
+    "mdmm": constrained,
+    "mdmm, groups": lambda: mdmm(metrics.group_sparsity("out", epsilon=0.5, roles=ROLES), kind="==", target=0.4, damping=0.5),
+    "mdmm, patterns": few_patterns,
+    "mdmm of the reference": lambda: constrained(compat="pquantml", kind="=="),
     "fixed": formats,
     "hgq SAT": lambda: trained("SAT", "SAT"),
     "hgq SAT_SYM": lambda: trained("SAT_SYM", "SAT_SYM"),
@@ -99,6 +114,7 @@ METHODS: dict[str, Callable[[], Transform]] = {
     "cs + fixed": lambda: chain(cs(decay=1e-3), formats()),
     "dst + hgq": lambda: chain(prune_dst(), trained()),
     "hgq + dst": lambda: chain(trained(), prune_dst()),
+    "hgq + mdmm": lambda: chain(trained(), mdmm(metrics.ebops(cost, unit=100.0), kind="<=", target=1.0)),
     "pdp + fixed": lambda: chain(prune_pdp(), formats()),
     "fixed + pdp": lambda: chain(formats(), prune_pdp()),
     "masked dst": lambda: masked(prune_dst(), "a/.*"),

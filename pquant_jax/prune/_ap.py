@@ -13,9 +13,8 @@ import jax.numpy as jnp
 
 from pquant_jax._base import AxisRole, Event, Params, Stage, Stats, Transform, Tree, View
 from pquant_jax._errors import TransformError
-from pquant_jax.prune._groups import Layout, layout, survivors
 from pquant_jax.prune._ranked import check_compat, kernels_of, masked_view
-from pquant_jax.transforms import hyper, labelled, no_penalty
+from pquant_jax.transforms import Layout, hyper, labelled, layout, no_penalty, survivors
 
 
 class APState(NamedTuple):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from pquant_jax import _tree
 from pquant_jax._base import Event, Tree
 from pquant_jax._errors import TransformError, did_you_mean
-from pquant_jax.prune._groups import layout, survivors
+from pquant_jax.transforms import layout, survivors
 
 LIMIT: Final = 30.0  # e^30 times the strength is as good as infinity, and far from float32's
 COMPAT: Final = ("pquantml",)

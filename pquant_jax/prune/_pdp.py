@@ -15,7 +15,6 @@ import numpy as np
 
 from pquant_jax._base import AxisRole, Event, Params, Stage, Stats, Transform, Tree, View
 from pquant_jax._errors import TransformError
-from pquant_jax.prune._groups import NM, Groups, Layout, layout, straddling, survivors
 from pquant_jax.prune._ranked import (
     Targets,
     check_budget,
@@ -28,7 +27,7 @@ from pquant_jax.prune._ranked import (
     own_targets,
     shares,
 )  # fmt: skip
-from pquant_jax.transforms import entering, hyper, labelled, no_penalty
+from pquant_jax.transforms import NM, Groups, Layout, entering, hyper, labelled, layout, no_penalty, straddling, survivors
 
 
 class PDPState(NamedTuple):

@@ -12,8 +12,7 @@ from pquant_jax import _tree
 from pquant_jax._base import AxisRole, Event, Params, Stage, State, Stats, Transform, Tree, View
 from pquant_jax._errors import TransformError, did_you_mean
 from pquant_jax.numerics import mask
-from pquant_jax.prune._groups import Groups, Layout, layout, survivors
-from pquant_jax.transforms import entering, hyper, labelled, no_penalty
+from pquant_jax.transforms import Groups, Layout, entering, hyper, labelled, layout, no_penalty, survivors
 
 Targets = float | Mapping[_tree.Where, float]
 BUDGETS = ("layer", "global", "fisher")

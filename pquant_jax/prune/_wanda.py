@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from pquant_jax._base import AxisRole, Params, Stats, Transform, Tree, View
 from pquant_jax._errors import TransformError
-from pquant_jax.prune._groups import NM, Groups, layout, survivors
 from pquant_jax.prune._ranked import Method, Targets, check_compat, common_target, kernels_of, own_targets, ranked, shares
+from pquant_jax.transforms import NM, Groups, layout, survivors
 
 
 def importance(w: jax.Array, square: jax.Array) -> jax.Array:

@@ -79,7 +79,7 @@ METHODS = {
         make_pdp,
         None,
         lambda state, view: state.mask["kernel"] >= 0.5,
-        {"mask": lambda state: state.mask["kernel"], "r": lambda state: state.ratio},
+        {"mask": lambda state: state.mask["kernel"], "r": lambda state: state.ratio["kernel"]},
         {"_init_r": "sparsity"},
         differs=("pdp/count-s=0.8/hundred", "pdp/count-s=0.3/dense/1", "pdp/count-s=0.0/dense/0"),
     ),

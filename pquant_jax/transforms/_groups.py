@@ -18,7 +18,7 @@ import numpy as np
 
 from pquant_jax._base import AxisRole
 from pquant_jax._errors import TransformError, did_you_mean
-from pquant_jax.transforms import kth_largest
+from pquant_jax.transforms._order import kth_largest
 
 NAMES: Final = ("weight", "row", "in", "out", "filter", "head", "layer")
 
