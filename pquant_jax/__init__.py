@@ -78,6 +78,7 @@ __all__ = [
     "calibrate",
     "chain",
     "constrain",
+    "constrain",
     "data",
     "ebops",
     "finalize",
