@@ -78,7 +78,6 @@ __all__ = [
     "calibrate",
     "chain",
     "constrain",
-    "constrain",
     "data",
     "ebops",
     "finalize",
