@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pquant_jax import _tree
 from pquant_jax._base import Event, Params, Stage, Transform, Tree, View
 from pquant_jax._errors import TransformError, did_you_mean
 from pquant_jax.constrain._metric import Function, Metric
-from pquant_jax.numerics import mask, settle
-from pquant_jax.transforms import entering, hyper, labelled
+from pquant_jax.numerics import settle
+from pquant_jax.transforms import check_compat, entering, hyper, kernels_of, labelled, masked_view
 
 KINDS = ("<=", ">=", "==")
 Masks = dict[str, jax.Array]
@@ -96,10 +95,9 @@ def mdmm(
     """
     if kind not in KINDS:
         raise TransformError(f"kind is {kind!r}; {did_you_mean(str(kind), KINDS)}")
-    if compat not in (None, "pquantml"):
-        raise TransformError(f"compat is {compat!r}, expected None or 'pquantml'")
     measured = metric if isinstance(metric, Metric) else Metric(metric, metric)
-    reference, first = compat == "pquantml", float(compat == "pquantml") if initial is None else initial
+    reference = check_compat(compat)
+    first = float(reference) if initial is None else initial
 
     def attach(model: Tree) -> Params:
         _masks_of(prunes, model, jnp.zeros((), jnp.float32))
@@ -134,8 +132,7 @@ def mdmm(
         if reference and masks:
             now = _masks_of(prunes, params.model, state.hyper["epsilon"])
             masks = {p: jnp.where(state.stage == Stage.FINETUNE, now[p], m) for p, m in masks.items()}
-        leaves = _tree.flatten(params.model)
-        return View(_tree.replace(params.model, {p: mask(leaves[p], m) for p, m in masks.items()}), {}, dict(masks)), state
+        return masked_view(params.model, masks), state
 
     def step(
         params: Params, state: MDMMState, *, stage: Any, previous: Params | None = None, **extra: Any
@@ -212,7 +209,7 @@ def _with(params: Params, multiplier: jax.Array) -> Params:
 def _masks_of(prunes: Prunes | None, model: Tree, epsilon: jax.Array) -> Masks:
     if prunes is None:
         return {}
-    kernels = _tree.select(model, _tree.is_kernel)
+    kernels = kernels_of(model)
     if not callable(prunes):
         return {p: (jnp.abs(w) > epsilon).astype(jnp.float32) for p, w in kernels.items()}
     masks = prunes(kernels)

@@ -14,8 +14,8 @@ from pquant_jax.transforms import NM, Block, Cross, Groups, Heads, Layout, Reuse
 
 __all__ = [
     "NM",
-    "AutoSparseState",
     "APState",
+    "AutoSparseState",
     "Block",
     "CSState",
     "Cross",
@@ -27,9 +27,9 @@ __all__ = [
     "PDPState",
     "RankedState",
     "Reuse",
+    "ap",
     "autosparse",
     "cs",
-    "ap",
     "dst",
     "frozen",
     "layout",

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 
 from pquant_jax._base import AxisRole, Event, Params, Stage, Stats, Transform, Tree, View
 from pquant_jax._errors import TransformError
-from pquant_jax.prune._ranked import check_compat, kernels_of, masked_view
-from pquant_jax.transforms import Layout, hyper, labelled, layout, no_penalty, survivors
+from pquant_jax.transforms import check_compat, hyper, kernels_of, labelled, layouts, masked_view, no_penalty, survivors
 
 
 class APState(NamedTuple):
@@ -72,16 +71,13 @@ def ap(
     check_compat(compat)
     aim = {name: v for name, v in (("threshold", threshold), ("target", target)) if v is not None}
 
-    def cuts_of(kernels: Mapping[str, jax.Array]) -> dict[str, Layout]:
-        return {p: layout(p, w.shape, "out", roles) for p, w in kernels.items()}
-
     def attach(model: Tree) -> Params:
         kernels_of(model)
         return Params(model, {})
 
     def init(params: Params) -> APState:
         kernels = kernels_of(params.model)
-        sizes = {p: cut.sizes.shape for p, cut in cuts_of(kernels).items()}
+        sizes = {p: cut.sizes.shape for p, cut in layouts(kernels, "out", roles).items()}
         return APState(
             hyper(**aim, begin=begin, period=period),
             jnp.asarray(Stage.PRETRAIN, jnp.int32),
@@ -106,7 +102,7 @@ def ap(
 
     def boundary(params: Params, state: APState, *, event: Any, stage: Any, **extra: Any) -> tuple[Params, APState]:
         del extra
-        cuts, h = cuts_of(kernels_of(params.model)), state.hyper
+        cuts, h = layouts(kernels_of(params.model), "out", roles), state.hyper
         ended = (event == Event.POST_EPOCH) & (stage == Stage.TRAIN)
         since = state.since + (ended & (state.done >= h["begin"]))
         renews = ended & (since >= h["period"])

@@ -14,9 +14,18 @@ import jax.numpy as jnp
 from pquant_jax import _tree
 from pquant_jax._base import AxisRole, Event, Params, Stage, Transform, Tree, View
 from pquant_jax.numerics import mask
-from pquant_jax.prune._control import Control, check_compat, control, kernels_like, moved, steer, store, target_or_nan
-from pquant_jax.prune._dst import check_granularity, threshold_shape
-from pquant_jax.transforms import entering, hyper, kth_largest, labelled, no_penalty
+from pquant_jax.prune._control import (
+    Control,
+    check_granularity,
+    control,
+    kernels_like,
+    moved,
+    steer,
+    store,
+    target_or_nan,
+    threshold_shape,
+)
+from pquant_jax.transforms import check_compat, entering, hyper, kth_largest, labelled, no_penalty
 
 
 class AutoSparseState(NamedTuple):

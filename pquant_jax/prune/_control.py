@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from pquant_jax import _tree
-from pquant_jax._base import Event, Tree
-from pquant_jax._errors import TransformError, did_you_mean
+from pquant_jax._base import AxisRole, Event, Tree
+from pquant_jax._errors import TransformError
 from pquant_jax.transforms import layout, survivors
 
+GRANULARITIES: Final = ("weight", "channel", "layer")
 LIMIT: Final = 30.0  # e^30 times the strength is as good as infinity, and far from float32's
-COMPAT: Final = ("pquantml",)
 
 
 class Control(NamedTuple):
@@ -45,13 +45,6 @@ def target_or_nan(target: float | None) -> float:
     if isinstance(target, (int, float)) and not (math.isnan(target) or 0 <= target < 1):
         raise TransformError(f"target is {target}, expected zeros / total, 0 <= target < 1, or None")
     return target
-
-
-def check_compat(compat: str | None) -> bool:
-    """Whether the reference's behaviour is wanted.  Raises: TransformError for an unknown name."""
-    if compat is not None and compat not in COMPAT:
-        raise TransformError(f"compat is {compat!r}; {did_you_mean(str(compat), COMPAT)}")
-    return compat is not None
 
 
 def advance(
@@ -148,3 +141,17 @@ def kernels_like(model: Tree, thresholds: Mapping[str, jax.Array]) -> dict[str, 
     """The kernels that have thresholds."""
     leaves = _tree.flatten(model)
     return {p: leaves[p] for p in thresholds}
+
+
+def check_granularity(granularity: str) -> None:
+    """Raises: TransformError for a name that `threshold_shape` does not know."""
+    if granularity not in GRANULARITIES:
+        raise TransformError(f"granularity is {granularity!r}, expected 'weight', 'channel' or 'layer'")
+
+
+def threshold_shape(path: str, leaf: jax.Array, granularity: str, roles: Mapping[str, AxisRole]) -> tuple[int, ...]:
+    """Shape of T: the kernel's ("weight"), its output axes ("channel", the last axis if the role is unknown), or 1 ("layer")."""
+    if granularity == "weight":
+        return leaf.shape
+    out = roles[path].out_axes if path in roles else (leaf.ndim - 1,)
+    return tuple(n if granularity == "channel" and a in out else 1 for a, n in enumerate(leaf.shape))

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from pquant_jax import _tree
 from pquant_jax._base import Event, Params, Stage, Transform, Tree, View
 from pquant_jax.numerics import mask
-from pquant_jax.prune._control import Control, advance, check_compat, control, kernels_like, moved, store, target_or_nan
-from pquant_jax.transforms import hyper, labelled
+from pquant_jax.prune._control import Control, advance, control, kernels_like, moved, store, target_or_nan
+from pquant_jax.transforms import check_compat, hyper, labelled
 
 LOWEST = -1e30  # of s: every round multiplies it by up to final_temperature, and inf * 0 is nan
 

@@ -13,10 +13,19 @@ import jax.numpy as jnp
 
 from pquant_jax import _tree
 from pquant_jax._base import AxisRole, Event, Params, Stage, Transform, Tree, View
-from pquant_jax._errors import TransformError
-from pquant_jax.prune._control import Control, check_compat, control, kernels_like, moved, steer, store, strength, target_or_nan
-from pquant_jax.prune._ranked import masked_view
-from pquant_jax.transforms import entering, hyper, labelled
+from pquant_jax.prune._control import (
+    Control,
+    check_granularity,
+    control,
+    kernels_like,
+    moved,
+    steer,
+    store,
+    strength,
+    target_or_nan,
+    threshold_shape,
+)
+from pquant_jax.transforms import check_compat, entering, hyper, labelled, masked_view
 
 
 class DSTState(NamedTuple):
@@ -46,23 +55,6 @@ def _binary_step_jvp(primals, tangents):
     (x,), (t,) = primals, tangents
     a = jnp.abs(x)
     return binary_step(x), t * jnp.where(a <= 0.4, 2 - 4 * a, jnp.where(a <= 1, 0.4, 0.0)).astype(x.dtype)
-
-
-GRANULARITIES = ("weight", "channel", "layer")
-
-
-def check_granularity(granularity: str) -> None:
-    """Raises: TransformError for a name that `threshold_shape` does not know."""
-    if granularity not in GRANULARITIES:
-        raise TransformError(f"granularity is {granularity!r}, expected 'weight', 'channel' or 'layer'")
-
-
-def threshold_shape(path: str, leaf: jax.Array, granularity: str, roles: Mapping[str, AxisRole]) -> tuple[int, ...]:
-    """Shape of T: the kernel's ("weight"), its output axes ("channel", the last axis if the role is unknown), or 1 ("layer")."""
-    if granularity == "weight":
-        return leaf.shape
-    out = roles[path].out_axes if path in roles else (leaf.ndim - 1,)
-    return tuple(n if granularity == "channel" and a in out else 1 for a, n in enumerate(leaf.shape))
 
 
 def dst(

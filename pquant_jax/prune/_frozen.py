@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from pquant_jax import _tree
 from pquant_jax._base import Params, Transform, Tree, View
 from pquant_jax._errors import TransformError
-from pquant_jax.prune._ranked import masked_view
-from pquant_jax.transforms import keep_params, labelled, no_penalty
+from pquant_jax.transforms import keep_params, labelled, masked_view, no_penalty
 
 
 class FrozenState(NamedTuple):

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 
 from pquant_jax._base import AxisRole, Transform
-from pquant_jax.prune._ranked import Method, Targets, ranked
+from pquant_jax.prune._ranked import Method, ranked
+from pquant_jax.prune._targets import Targets
 from pquant_jax.transforms import Groups
 
 

@@ -15,19 +15,32 @@ import numpy as np
 
 from pquant_jax._base import AxisRole, Event, Params, Stage, Stats, Transform, Tree, View
 from pquant_jax._errors import TransformError
-from pquant_jax.prune._ranked import (
+from pquant_jax.prune._targets import (
     Targets,
     check_budget,
-    check_compat,
     common_target,
-    kernels_of,
-    masked_view,
+    needs_of,
     next_fisher,
     no_fisher,
     own_targets,
+    resolved,
     shares,
-)  # fmt: skip
-from pquant_jax.transforms import NM, Groups, Layout, entering, hyper, labelled, layout, no_penalty, straddling, survivors
+)
+from pquant_jax.transforms import (
+    NM,
+    Groups,
+    Layout,
+    check_compat,
+    entering,
+    hyper,
+    kernels_of,
+    labelled,
+    layouts,
+    masked_view,
+    no_penalty,
+    straddling,
+    survivors,
+)
 
 
 class PDPState(NamedTuple):
@@ -51,6 +64,7 @@ def soft_mask(cut: Layout, w: jax.Array, ratio: jax.Array, temperature: jax.Arra
 
     1 where no group goes.  t carries a gradient through both order statistics.
 
+    >>> from pquant_jax.transforms import layout
     >>> w = jnp.float32([4, 3, 2, 1])
     >>> soft_mask(layout("kernel", (4,), "weight"), w, jnp.float32(0.5), jnp.float32(1e-5)).tolist()
     [1.0, 1.0, 0.0, 0.0]
@@ -71,6 +85,7 @@ def going(cut: Layout, shape: tuple[int, ...], scores: jax.Array, target: jax.Ar
 
     Counts round; under "pquantml" they truncate what float32 makes of (1 - target) * groups, and one group goes at least.
 
+    >>> from pquant_jax.transforms import layout
     >>> float(going(layout("kernel", (4,), "weight"), (4,), jnp.ones(4), jnp.float32(0.5), None))
     0.5
     """
@@ -124,12 +139,8 @@ def pdp(
     if compat and isinstance(groups, NM):
         raise TransformError(f"groups is {groups}, but PQuantML has no N:M in PDP; leave out compat='pquantml'")
 
-    def cuts_of(kernels: Mapping[str, jax.Array]) -> dict[str, Layout]:
-        return {p: layout(p, w.shape, groups, roles) for p, w in kernels.items()}
-
     def attach(model: Tree) -> Params:
-        kernels = kernels_of(model)
-        cuts_of(kernels)
+        layouts(kernels_of(model), groups, roles)
         return Params(model, {})
 
     def init(params: Params) -> PDPState:
@@ -146,7 +157,7 @@ def pdp(
 
     def soft(kernels: dict[str, jax.Array], state: PDPState) -> dict[str, jax.Array]:
         temperature = state.hyper["temperature"]
-        return {p: soft_mask(cut, kernels[p], state.ratio[p], temperature) for p, cut in cuts_of(kernels).items()}
+        return {p: soft_mask(cut, kernels[p], state.ratio[p], temperature) for p, cut in layouts(kernels, groups, roles).items()}
 
     def apply(params: Params, state: PDPState) -> tuple[View, PDPState]:
         fresh, training = soft(kernels_of(params.model), state), state.stage == Stage.TRAIN
@@ -163,11 +174,10 @@ def pdp(
         training, final = stage == Stage.TRAIN, event == Event.PRE_FINETUNE
         starts, ends = (event == Event.PRE_EPOCH) & training, (event == Event.POST_EPOCH) & training
         kernels, h = kernels_of(entering(params, view).model), state.hyper
-        cuts = cuts_of(kernels)
+        cuts = layouts(kernels, groups, roles)
         scores = {p: cut.scores(jnp.abs(kernels[p])) for p, cut in cuts.items()}
-        wanted = {p: jnp.where(jnp.isnan(own), h["sparsity"], own) for p, own in state.share.items()}
         part = jnp.where(starts, jnp.minimum(1.0, h["epsilon"] * (epoch + 1).astype(jnp.float32)), state.part)
-        share = shares(budget, cuts, kernels, scores, state.fisher, wanted)
+        share = shares(budget, cuts, kernels, scores, state.fisher, resolved(state.share, h["sparsity"]))
         now = {p: part * v for p, v in share.items()}
         ratio, masks, fresh = {}, {}, soft(kernels, state)
         for p, cut in cuts.items():
@@ -178,5 +188,4 @@ def pdp(
             masks[p] = jnp.where(final, exact, jnp.where(ends, fresh[p], stored))
         return params, PDPState(h, jnp.asarray(stage, jnp.int32), part, ratio, state.share, state.fisher, masks)
 
-    needs = frozenset({"gradient"}) if budget == "fisher" else frozenset()
-    return Transform("pdp", attach, init, apply, step, boundary, no_penalty, labelled("pdp", "thresholds"), needs)
+    return Transform("pdp", attach, init, apply, step, boundary, no_penalty, labelled("pdp", "thresholds"), needs_of(budget))

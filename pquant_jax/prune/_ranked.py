@@ -8,14 +8,30 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pquant_jax import _tree
 from pquant_jax._base import AxisRole, Event, Params, Stage, State, Stats, Transform, Tree, View
-from pquant_jax._errors import TransformError, did_you_mean
-from pquant_jax.numerics import mask
-from pquant_jax.transforms import Groups, Layout, entering, hyper, labelled, layout, no_penalty, survivors
-
-Targets = float | Mapping[_tree.Where, float]
-BUDGETS = ("layer", "global", "fisher")
+from pquant_jax.prune._targets import (
+    Targets,
+    check_budget,
+    common_target,
+    needs_of,
+    next_fisher,
+    no_fisher,
+    own_targets,
+    resolved,
+    shares,
+)
+from pquant_jax.transforms import (
+    Groups,
+    OfShape,
+    entering,
+    hyper,
+    kernels_of,
+    labelled,
+    layouts,
+    masked_view,
+    no_penalty,
+    survivors,
+)
 
 
 class RankedState(NamedTuple):
@@ -54,102 +70,12 @@ class Method(NamedTuple):
     finish: Callable[[jax.Array, jax.Array], jax.Array] = lambda kernel, mask: mask
 
 
-def kernels_of(model: Tree) -> dict[str, jax.Array]:
-    """The leaves that pruning is about.  Raises: TransformError if there are none."""
-    return _tree.select(model, _tree.is_kernel)
-
-
-def masked_view(model: Tree, masks: Mapping[str, jax.Array]) -> View:
-    """`model` with every mask on its leaf."""
-    leaves = _tree.flatten(model)
-    return View(_tree.replace(model, {p: mask(leaves[p], m) for p, m in masks.items()}), {}, dict(masks))
-
-
-def own_targets(targets: Targets, paths: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """{path: target of the rule that matches it, nan for the common one}.  Raises: TransformError for a rule without a match."""
-    rules = list(targets.items()) if isinstance(targets, Mapping) else []
-    for where, value in rules:
-        if not any(_tree.matches(where, p, leaf) for p, leaf in paths.items()):
-            raise TransformError(
-                f"the target {value} is for {where!r}, which matches no kernel; {did_you_mean(str(where), paths)}"
-            )
-    return {p: jnp.float32(_tree.first_match(rules, p, float("nan"), leaf)) for p, leaf in paths.items()}
-
-
-def common_target(targets: Targets) -> float:
-    """The target of kernels without a rule of their own: that of ".*", or 0."""
-    return targets.get(".*", 0.0) if isinstance(targets, Mapping) else targets
-
-
-def check_budget(budget: str) -> None:
-    """Raises: TransformError for a name that is none of `BUDGETS`."""
-    if budget not in BUDGETS:
-        raise TransformError(f"budget is {budget!r}; {did_you_mean(budget, BUDGETS)}")
-
-
-def check_compat(compat: str | None) -> None:
-    """Raises: TransformError for a reference that there is none of."""
-    if compat not in (None, "pquantml"):
-        raise TransformError(f"compat is {compat!r}, expected 'pquantml' or None")
-
-
-def no_fisher(kernels: Mapping[str, jax.Array], budget: str) -> dict[str, jax.Array]:
-    """E[gradient^2] before the first step; empty where the budget doesn't need it."""
-    return {p: jnp.zeros(w.shape, jnp.float32) for p, w in kernels.items()} if budget == "fisher" else {}
-
-
-def next_fisher(fisher: Mapping[str, jax.Array], stats: Stats) -> dict[str, jax.Array]:
-    """E[gradient^2] after a step: a running mean over some hundred of them."""
-    return {p: 0.99 * v + 0.01 * jnp.square(stats["gradient"][p]) for p, v in fisher.items()}
-
-
-def shares(
-    budget: str,
-    cuts: Mapping[str, Layout],
-    kernels: Mapping[str, jax.Array],
-    scores: Mapping[str, jax.Array],
-    fisher: Mapping[str, jax.Array],
-    wanted: Mapping[str, jax.Array],
-) -> dict[str, jax.Array]:
-    """{path: sparsity} under the budget.  "fisher" compares w^2 E[g^2], the loss that a weight's absence costs."""
-    if budget == "layer":
-        return dict(wanted)
-    if budget == "fisher":
-        scores = {p: cuts[p].scores(jnp.abs(w) * jnp.sqrt(fisher[p])) for p, w in kernels.items()}
-    return distribute(cuts, scores, wanted)
-
-
-def distribute(
-    cuts: Mapping[str, Layout], scores: Mapping[str, jax.Array], wanted: Mapping[str, jax.Array]
-) -> dict[str, jax.Array]:
-    """{path: sparsity} such that one threshold for all layers prunes as many weights as `wanted` does in all.
-
-    Groups of different sizes compare by the mean square of their weights.  No layer loses its last group.
-    """
-    paths = [p for p in cuts if cuts[p].keep is None]  # N:M has a sparsity of its own
-    if not paths:
-        return dict(wanted)
-    sizes = {p: jnp.asarray(cuts[p].sizes, jnp.float32).reshape(scores[p].shape) for p in paths}
-    level = {p: scores[p] / jnp.float32(cuts[p].sizes.mean() ** 0.5) for p in paths}
-    total = sum((jnp.sum(sizes[p]) * wanted[p] for p in paths), jnp.float32(0))
-    all_levels, all_sizes = (jnp.concatenate([v[p].ravel() for p in paths]) for v in (level, sizes))
-    codes = jax.lax.bitcast_convert_type(all_levels, jnp.int32)  # values that are not negative order like their bits
-
-    def refine(step: jax.Array, found: jax.Array) -> jax.Array:
-        candidate = found | (jnp.int32(1) << (30 - step))
-        return jnp.where(jnp.sum(jnp.where(codes < candidate, all_sizes, 0)) <= total, candidate, found)
-
-    threshold = jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, 31, refine, jnp.int32(0)), jnp.float32)
-    below = {p: jnp.sum(jnp.where(level[p] < threshold, sizes[p], 0)) / jnp.sum(sizes[p]) for p in paths}
-    return {**wanted, **{p: jnp.minimum(v, 1 - 1 / cuts[p].sizes.size) for p, v in below.items()}}
-
-
 def ranked(
     name: str,
     method: Method,
     *,
     sparsity: Targets,
-    groups: Groups | Callable[[tuple[int, ...]], Groups],
+    groups: Groups | OfShape,
     budget: str,
     begin: float,
     end: float,
@@ -162,13 +88,9 @@ def ranked(
     """
     check_budget(budget)
     ramps = {} if method.once else {"power": power}
-    needs = method.needs | (frozenset({"gradient"}) if budget == "fisher" else frozenset())
-
-    def cuts_of(kernels: Mapping[str, jax.Array]) -> dict[str, Layout]:
-        return {p: layout(p, w.shape, groups(w.shape) if callable(groups) else groups, roles) for p, w in kernels.items()}
 
     def attach(model: Tree) -> Params:
-        cuts_of(kernels_of(model))
+        layouts(kernels_of(model), groups, roles)
         return Params(model, {})
 
     def init(params: Params) -> RankedState:
@@ -208,10 +130,9 @@ def ranked(
     ) -> tuple[Params, RankedState]:
         del extra
         h, kernels = state.hyper, kernels_of(entering(params, view).model)
-        cuts = cuts_of(kernels)
+        cuts = layouts(kernels, groups, roles)
         scores = {p: cuts[p].scores(method.score(p, w, state.seen)) for p, w in kernels.items()}
-        wanted = {p: jnp.where(jnp.isnan(own), h["sparsity"], own) for p, own in state.share.items()}
-        share = shares(budget, cuts, kernels, scores, state.fisher, wanted)
+        share = shares(budget, cuts, kernels, scores, state.fisher, resolved(state.share, h["sparsity"]))
         starts, final = (event == Event.PRE_EPOCH) & (stage == Stage.TRAIN), event == Event.PRE_FINETUNE
         ramp = epoch >= h["end"] if method.once else _ramp(h, epoch / jnp.maximum(epochs, 1))
         part = jnp.where(final, 1, jnp.maximum(state.part, ramp)).astype(jnp.float32)
@@ -223,6 +144,7 @@ def ranked(
         is_open = begun & (part == 0) if method.once else state.open
         return params, state._replace(stage=jnp.asarray(stage, jnp.int32), part=part, open=is_open, mask=masks)
 
+    needs = method.needs | needs_of(budget)
     return Transform(name, attach, init, apply, step, boundary, no_penalty, labelled(name, "thresholds"), needs)
 
 

@@ -5,7 +5,7 @@ The importance of a weight is |w| sqrt(E[x^2]), x what it is multiplied by (eq. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from pquant_jax._base import AxisRole, Params, Stats, Transform, Tree, View
 from pquant_jax._errors import TransformError
-from pquant_jax.prune._ranked import Method, Targets, check_compat, common_target, kernels_of, own_targets, ranked, shares
-from pquant_jax.transforms import NM, Groups, layout, survivors
+from pquant_jax.prune._ranked import Method, ranked
+from pquant_jax.prune._targets import Targets, common_target, own_targets, resolved, shares
+from pquant_jax.transforms import NM, Groups, OfShape, check_compat, kernels_of, layouts, survivors
 
 
 def importance(w: jax.Array, square: jax.Array) -> jax.Array:
@@ -84,7 +85,7 @@ def wanda(
     )
 
 
-def compared(groups: Groups, compat: str | None) -> Callable[[tuple[int, ...]], Groups]:
+def compared(groups: Groups, compat: str | None) -> OfShape:
     """The groups of a kernel of a shape, which PQuantML reads in its own way."""
 
     def of(shape: tuple[int, ...]) -> Groups:
@@ -150,10 +151,9 @@ def wanda_from_data(
         fresh = squares(model, jax.tree.map(lambda v, start=start, size=size: v[start : start + size], x))
         mean = {p: mean[p] + (v - mean[p]) * (size / (start + size)) if mean else v for p, v in fresh.items()}
     kernels = {p: w for p, w in kernels_of(model).items() if p in mean}
-    cuts = {p: layout(p, w.shape, compared(groups, compat)(w.shape), inst.roles) for p, w in kernels.items()}
+    cuts = layouts(kernels, compared(groups, compat), inst.roles)
     scores = {p: cuts[p].scores(jnp.broadcast_to(importance(w, mean[p]), w.shape)) for p, w in kernels.items()}
-    own = own_targets(sparsity, kernels)
-    wanted = {p: jnp.where(jnp.isnan(v), jnp.float32(common_target(sparsity)), v) for p, v in own.items()}
+    wanted = resolved(own_targets(sparsity, kernels), jnp.float32(common_target(sparsity)))
     share = shares(budget, cuts, kernels, scores, {}, wanted)
     masks = {p: cuts[p].expand(survivors(cuts[p], s, share[p])) for p, s in scores.items()}
     return {p: m * (kernels[p] != 0) for p, m in masks.items()} if compat else masks

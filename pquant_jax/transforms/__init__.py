@@ -1,33 +1,63 @@
 """Level 2: combinators on `Transform`, and the bridge to optax."""
 
 from pquant_jax.transforms._chain import chain, identity, named
-from pquant_jax.transforms._groups import NM, Block, Cross, Groups, Heads, Layout, Reuse, layout, straddling, survivors
+from pquant_jax.transforms._groups import (
+    NM,
+    Block,
+    Cross,
+    Groups,
+    Heads,
+    Layout,
+    OfShape,
+    Reuse,
+    layout,
+    layouts,
+    straddling,
+    survivors,
+)
 from pquant_jax.transforms._optax import CompressionState, as_optax, boundary, optimizer, state_of, strong, update_state
-from pquant_jax.transforms._order import kth_largest
-from pquant_jax.transforms._parts import entering, hyper, keep_params, labelled, masked, no_penalty, with_hyper
+from pquant_jax.transforms._order import bisect_bits, kth_largest
+from pquant_jax.transforms._parts import (
+    check_compat,
+    entering,
+    hyper,
+    keep_params,
+    kernels_of,
+    labelled,
+    masked,
+    masked_view,
+    no_penalty,
+    with_hyper,
+)
 from pquant_jax.transforms._pnorm import PNormState, pnorm_decay
 
 __all__ = [
     "NM",
     "Block",
     "CompressionState",
-    "PNormState",
     "Cross",
     "Groups",
     "Heads",
     "Layout",
+    "OfShape",
+    "PNormState",
     "Reuse",
     "as_optax",
+    "bisect_bits",
     "boundary",
     "chain",
+    "check_compat",
     "entering",
     "hyper",
     "identity",
     "keep_params",
+    "kernels_of",
     "kth_largest",
     "labelled",
     "layout",
+    "layouts",
     "masked",
+    "masked_view",
     "named",
     "no_penalty",
     "optimizer",

@@ -64,6 +64,9 @@ class Heads:
 Groups = str | NM | Block | Cross | Reuse | Heads
 
 
+OfShape = Callable[[tuple[int, ...]], Groups]
+
+
 @dataclass(frozen=True)
 class Layout:
     """One kernel cut into groups.
@@ -122,6 +125,17 @@ def layout(path: str, shape: tuple[int, ...], groups: Groups = "weight", roles: 
         case str():
             return _blocks(path, shape, tuple(range(len(shape))), shape, _named_block(path, shape, groups, role))
     raise TransformError(f"groups is {groups!r}, expected one of {', '.join(NAMES)}, or NM, Block, Cross, Reuse, Heads")
+
+
+def layouts(
+    kernels: Mapping[str, jax.Array], groups: Groups | OfShape = "weight", roles: Mapping[str, AxisRole] | None = None
+) -> dict[str, Layout]:
+    """{path: `layout`} of all kernels; groups may be a function of a kernel's shape.
+
+    >>> sorted(layouts({"a": jnp.ones((2, 3)), "b": jnp.ones((3, 1))}, "out"))
+    ['a', 'b']
+    """
+    return {p: layout(p, w.shape, groups(w.shape) if callable(groups) else groups, roles) for p, w in kernels.items()}
 
 
 def _named_block(path: str, shape: tuple[int, ...], name: str, role: AxisRole) -> tuple[int, ...]:

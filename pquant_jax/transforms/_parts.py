@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from pquant_jax import _tree
 from pquant_jax._base import Params, State, Transform, Tree, View
 from pquant_jax._errors import TransformError, did_you_mean
+from pquant_jax.numerics import mask
 
 Hyper = dict[str, jax.Array]
 
@@ -84,6 +85,24 @@ def labelled(name: str, label: str) -> Callable[[Params], Params]:
 def entering(params: Params, view: View | None) -> View:
     """The view that enters a method: what the chain passes, or the raw parameters where it stands alone."""
     return View(params.model, {}, {}) if view is None else view
+
+
+def check_compat(compat: str | None) -> bool:
+    """Whether the reference's behaviour is wanted.  Raises: TransformError for an unknown name."""
+    if compat not in (None, "pquantml"):
+        raise TransformError(f"compat is {compat!r}; {did_you_mean(str(compat), ['pquantml'])}; expected 'pquantml' or None")
+    return compat is not None
+
+
+def kernels_of(model: Tree) -> dict[str, jax.Array]:
+    """The leaves that pruning is about.  Raises: TransformError if there are none."""
+    return _tree.select(model, _tree.is_kernel)
+
+
+def masked_view(model: Tree, masks: Mapping[str, jax.Array]) -> View:
+    """`model` with every mask on its leaf."""
+    leaves = _tree.flatten(model)
+    return View(_tree.replace(model, {p: mask(leaves[p], m) for p, m in masks.items()}), {}, dict(masks))
 
 
 def masked(transform: Transform, where: _tree.Where) -> Transform:
