@@ -90,12 +90,13 @@ class AxisRole:
     """Which axes of a kernel face its input and its output, and the sites on both sides.
 
     Read from the product's dimension numbers, so that "output channel" is axis 1 of a linen kernel (in, out) and
-    axis 0 of an equinox weight (out, in).
+    axis 0 of an equinox weight (out, in).  positions: those of in_axes that a convolution slides over.
     """
 
     in_axes: tuple[int, ...]
     out_axes: tuple[int, ...]
     input_site: str
+    positions: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from pquant_jax import _tree
 from pquant_jax._base import AxisRole
 from pquant_jax._errors import TransformError
 from pquant_jax.constrain._metric import Metric, check, fraction, near_zero, through
+from pquant_jax.transforms import role_of, tiled, turned
 
 DISTANCES: Final = ("hamming", "valued_hamming", "cosine")
 _ALL_CODES_UP_TO = 10  # bits: 1,024 patterns can all be counted; beyond, only those that occur are
@@ -58,37 +59,28 @@ def slices(
     >>> there(jnp.zeros((3, 3, 2, 4))).shape, back(jnp.zeros((8, 9))).shape
     ((8, 9), (3, 3, 2, 4))
     """
-    out = role.out_axes if role is not None else (len(shape) - 1,)
+    role = role or role_of(path, len(shape), None)
+    out = role.out_axes
     ins = tuple(a for a in range(len(shape)) if a not in out)
     if block is None:
-        # in front of the positions where the output channel is in front, as equinox has it; else behind them, as linen has
-        channel = ins[:1] if out[:1] == (0,) else ins[-1:]
-        spatial = tuple(a for a in ins if a not in channel)
+        spatial = tuple(a for a in ins if a in role.positions)
         if not spatial:
             raise TransformError(
                 f"{path}: a kernel of shape {shape} has no positions; say block=(inputs, outputs), such as (2, 4)"
             )
-        order = (*channel, *out, *spatial)
-        turned, size = tuple(shape[a] for a in order), math.prod(shape[a] for a in spatial)
-        back_order = tuple(int(a) for a in np.argsort(order))
-        return lambda w: w.transpose(order).reshape(-1, size), lambda v: v.reshape(turned).transpose(back_order)
-    order = (*ins, *out)
-    flat = math.prod(shape[a] for a in ins), math.prod(shape[a] for a in out)
+        size = math.prod(shape[a] for a in spatial)
+        order = (*(a for a in ins if a not in spatial), *out, *spatial)
+        return turned(shape, order, (math.prod(shape) // size, size))
     if min(block) < 1:
         raise TransformError(f"{path}: a block of {block[0]} x {block[1]} weights is empty")
+    flat = math.prod(shape[a] for a in ins), math.prod(shape[a] for a in out)
+    (there, back), (cut, join) = turned(shape, (*ins, *out), flat), tiled(flat, block)
     counts = math.ceil(flat[0] / block[0]), math.ceil(flat[1] / block[1])
-    whole = counts[0] * block[0], counts[1] * block[1]
-    turned, back_order = tuple(shape[a] for a in order), tuple(int(a) for a in np.argsort(order))
 
-    def there(w: jax.Array) -> jax.Array:
-        padded = jnp.pad(w.transpose(order).reshape(flat), [(0, n - m) for n, m in zip(whole, flat, strict=True)])
-        return padded.reshape(counts[0], block[0], counts[1], block[1]).swapaxes(1, 2).reshape(-1, block[0] * block[1])
+    def rows(w: jax.Array) -> jax.Array:
+        return cut(there(w)).swapaxes(1, 2).reshape(-1, block[0] * block[1])
 
-    def back(v: jax.Array) -> jax.Array:
-        full = v.reshape(counts[0], counts[1], block[0], block[1]).swapaxes(1, 2).reshape(whole)
-        return full[: flat[0], : flat[1]].reshape(turned).transpose(back_order)
-
-    return there, back
+    return rows, lambda v: back(join(v.reshape(*counts, *block).swapaxes(1, 2)))
 
 
 def dominant(support: jax.Array, num_patterns: int, beta: float) -> Dominant:
@@ -203,8 +195,7 @@ def patterns(
     def with_positions(path: str, leaf: Any) -> bool:
         if where is not None:
             return _tree.is_kernel(path, leaf) and _tree.matches(where, path, leaf)
-        out = roles[path].out_axes if roles and path in roles else (jnp.ndim(leaf) - 1,)
-        return _tree.is_kernel(path, leaf) and (block is not None or jnp.ndim(leaf) - len(out) > 1)
+        return _tree.is_kernel(path, leaf) and (block is not None or bool(role_of(path, jnp.ndim(leaf), roles).positions))
 
     def cut(path: str, w: jax.Array) -> tuple[Callable, jax.Array, Dominant]:
         there, back = slices(path, w.shape, (roles or {}).get(path), block)

@@ -278,13 +278,13 @@ def _record_active(run: _Run, v: Value) -> None:
 def _role(eqn: Any, side: int, axes: tuple[int | None, ...], input_site: str) -> AxisRole:
     if eqn.primitive.name == "dot_general":
         (contract, batched) = (eqn.params["dimension_numbers"][0][side], eqn.params["dimension_numbers"][1][side])
-        into = tuple(contract)
+        into, slid = tuple(contract), ()
     else:
         spec = eqn.params["dimension_numbers"].rhs_spec
-        into, batched = tuple(spec[1:]), ()
-    facing = tuple(sorted(a for d in into if (a := axes[d]) is not None))
+        into, slid, batched = tuple(spec[1:]), tuple(spec[2:]), ()
+    facing, positions = (tuple(sorted(a for d in dims if (a := axes[d]) is not None)) for dims in (into, slid))
     out = tuple(sorted(a for d, a in enumerate(axes) if a is not None and d not in (*into, *batched)))
-    return AxisRole(facing, out, input_site)
+    return AxisRole(facing, out, input_site, positions)
 
 
 def _affine(run: _Run, name: str, ins: list[Value], shape: tuple[int, ...]) -> Value | None:

@@ -12,8 +12,11 @@ from pquant_jax.transforms._groups import (
     Reuse,
     layout,
     layouts,
+    role_of,
     straddling,
     survivors,
+    tiled,
+    turned,
 )
 from pquant_jax.transforms._optax import CompressionState, as_optax, boundary, optimizer, state_of, strong, update_state
 from pquant_jax.transforms._order import bisect_bits, kth_largest
@@ -63,9 +66,12 @@ __all__ = [
     "optimizer",
     "pnorm_decay",
     "state_of",
+    "role_of",
     "straddling",
     "strong",
     "survivors",
+    "tiled",
+    "turned",
     "update_state",
     "with_hyper",
 ]

@@ -85,6 +85,16 @@ class Layout:
     inside: bool = False
 
 
+def role_of(path: str, rank: int, roles: Mapping[str, AxisRole] | None) -> AxisRole:
+    """What a kernel's axes are: by its role, or as linen has them, (*positions, in, out).
+
+    >>> role_of("Conv_0/kernel", 4, None).positions
+    (0, 1)
+    """
+    linen = AxisRole(tuple(range(rank - 1)), (rank - 1,), "", tuple(range(rank - 2)))
+    return (roles or {}).get(path, linen)
+
+
 def layout(path: str, shape: tuple[int, ...], groups: Groups = "weight", roles: Mapping[str, AxisRole] | None = None) -> Layout:
     """How a kernel of this shape is cut.  roles: `inst.roles`; without one the last axis is the output.
 
@@ -99,7 +109,7 @@ def layout(path: str, shape: tuple[int, ...], groups: Groups = "weight", roles: 
     >>> cut.expand(jnp.float32([[1, 0, 1]])).tolist()
     [[1.0, 0.0, 1.0], [1.0, 0.0, 1.0]]
     """
-    role = (roles or {}).get(path, AxisRole(tuple(range(len(shape) - 1)), (len(shape) - 1,), ""))
+    role = role_of(path, len(shape), roles)
     order = (*role.out_axes, *(a for a in range(len(shape)) if a not in role.out_axes))  # outputs first, as (out, in)
     out = math.prod(shape[a] for a in role.out_axes)
     flat = (out, math.prod(shape) // max(out, 1))
@@ -141,7 +151,7 @@ def layouts(
 def _named_block(path: str, shape: tuple[int, ...], name: str, role: AxisRole) -> tuple[int, ...]:
     """The block of a named kind: 1 along the axes that keep groups apart, all of the others."""
     ins = tuple(a for a in range(len(shape)) if a not in role.out_axes)
-    channel = ins[-1:]  # positions of a convolution come before its input channels
+    channel = tuple(a for a in ins if a not in role.positions)
     if name == "head":
         heads = role.out_axes if len(role.out_axes) > 1 else ins if len(ins) == 2 and len(shape) == 3 else ()
         if not heads:
@@ -154,25 +164,37 @@ def _named_block(path: str, shape: tuple[int, ...], name: str, role: AxisRole) -
     return tuple(1 if a in apart else n for a, n in enumerate(shape))
 
 
-def _turned(shape: tuple[int, ...], order: tuple[int, ...], flat: tuple[int, ...]) -> tuple[Callable, Callable]:
-    """The kernel as an array of shape `flat`, and back."""
-    turned, back = tuple(shape[a] for a in order), tuple(int(a) for a in np.argsort(order))
-    return lambda w: w.transpose(order).reshape(flat), lambda v: v.reshape(turned).transpose(back)
+def turned(shape: tuple[int, ...], order: tuple[int, ...], flat: tuple[int, ...]) -> tuple[Callable, Callable]:
+    """(kernel -> the same with its axes in `order`, of shape `flat`, and back)."""
+    axes, back = tuple(shape[a] for a in order), tuple(int(a) for a in np.argsort(order))
+    return lambda w: w.transpose(order).reshape(flat), lambda v: v.reshape(axes).transpose(back)
+
+
+def tiled(flat: tuple[int, ...], block: tuple[int, ...]) -> tuple[Callable, Callable]:
+    """(array of shape `flat` -> (c_0, b_0, c_1, b_1, ...), c_a pieces of b_a along axis a, zeros at the end; and back).
+
+    >>> cut, join = tiled((3, 2), (2, 1))
+    >>> cut(jnp.ones((3, 2))).shape, join(cut(jnp.ones((3, 2)))).shape
+    ((2, 2, 2, 1), (3, 2))
+    """
+    counts = tuple(math.ceil(n / b) for n, b in zip(flat, block, strict=True))
+    whole = tuple(c * b for c, b in zip(counts, block, strict=True))
+    apart = tuple(v for pair in zip(counts, block, strict=True) for v in pair)
+
+    def cut(v: jax.Array) -> jax.Array:
+        return jnp.pad(v, [(0, w - n) for n, w in zip(flat, whole, strict=True)]).reshape(apart)
+
+    return cut, lambda v: v.reshape(whole)[tuple(slice(n) for n in flat)]
 
 
 def _blocks(path: str, shape: tuple, order: tuple, flat: tuple, block: tuple) -> Layout:
     if any(b < 1 for b in block):
         raise TransformError(f"{path}: groups of {' x '.join(map(str, block))} weights are empty")
-    there, back = _turned(shape, order, flat)
-    counts = tuple(math.ceil(n / b) for n, b in zip(flat, block, strict=True))
-    whole = tuple(c * b for c, b in zip(counts, block, strict=True))
-    apart = tuple(v for pair in zip(counts, block, strict=True) for v in pair)
+    there, back = turned(shape, order, flat)
+    cut, join = tiled(flat, block)
+    apart = jax.eval_shape(cut, jax.ShapeDtypeStruct(flat, jnp.float32)).shape
     inner = tuple(range(1, len(apart), 2))
-
-    def cut(v):
-        return jnp.pad(v, [(0, w - n) for n, w in zip(flat, whole, strict=True)]).reshape(apart)
-
-    lengths = [np.minimum(b, n - b * np.arange(c)) for n, b, c in zip(flat, block, counts, strict=True)]
+    lengths = [np.minimum(b, n - b * np.arange(c)) for n, b, c in zip(flat, block, apart[::2], strict=True)]
     sizes = functools.reduce(np.multiply.outer, lengths).astype(np.int32)
     even = np.sqrt(sizes.mean() / np.maximum(sizes, 1)).astype(np.float32)  # smaller blocks compare by their mean square
 
@@ -181,23 +203,19 @@ def _blocks(path: str, shape: tuple, order: tuple, flat: tuple, block: tuple) ->
         return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0) * even
 
     def expand(v: jax.Array) -> jax.Array:
-        spread = jnp.broadcast_to(jnp.expand_dims(v, tuple(inner)), apart).reshape(whole)
-        return back(spread[tuple(slice(n) for n in flat)])
+        return back(join(jnp.broadcast_to(jnp.expand_dims(v, inner), apart)))
 
     return Layout(scores, expand, sizes)
 
 
 def _rows_of(shape: tuple, order: tuple, flat: tuple, m: int, keep: int) -> Layout:
-    there, back = _turned(shape, order, flat)
-    rows = math.ceil(flat[1] / m)
+    there, back = turned(shape, order, flat)
+    (cut, join), rows = tiled(flat, (1, m)), math.ceil(flat[1] / m)
 
     def scores(w: jax.Array) -> jax.Array:
-        return jnp.pad(there(w), ((0, 0), (0, rows * m - flat[1]))).reshape(flat[0], rows, m)
+        return cut(there(w)).reshape(flat[0], rows, m)
 
-    def expand(v: jax.Array) -> jax.Array:
-        return back(v.reshape(flat[0], rows * m)[:, : flat[1]])
-
-    return Layout(scores, expand, np.ones((flat[0], rows, m), np.int32), keep)
+    return Layout(scores, lambda v: back(join(v)), np.ones((flat[0], rows, m), np.int32), keep)
 
 
 def _cross(path: str, shape: tuple, order: tuple, flat: tuple, tile: tuple) -> Layout:

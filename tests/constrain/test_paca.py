@@ -125,7 +125,7 @@ def test_the_gradient_leads_to_the_patterns(distance):
 
 @pytest.mark.parametrize(
     ("role", "turn"),
-    [(None, None), (AxisRole((0, 1, 2), (3,), "x"), None), (AxisRole((1, 2, 3), (0,), "x"), (3, 2, 0, 1))],
+    [(None, None), (AxisRole((0, 1, 2), (3,), "x", (0, 1)), None), (AxisRole((1, 2, 3), (0,), "x", (2, 3)), (3, 2, 0, 1))],
     ids=range(3),
 )
 def test_slices_follow_the_roles(role, turn):

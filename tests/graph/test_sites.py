@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,15 @@ def test_training_has_the_sites_of_inference(four, float_view, framework):
         traced[train] = {name: tuple(v.shape for v in pair) for name, pair in stats["range"].items()}
     assert traced[True] == traced[False]
     assert set(traced[True]) == {n for n, spec in inst.sites.items() if spec.kind not in ("kernel", "bias")}
+
+
+def test_positions_of_a_convolution_are_apart_from_its_channels():
+    linen, x = nn.Conv(4, (2, 3)), jnp.ones((1, 5, 5, 2))
+    inst = pq.instrument(pq.from_linen(linen, x, rng=jax.random.key(0)), x)
+    assert inst.roles["kernel"] == pq.AxisRole((0, 1, 2), (3,), "kernel/input", positions=(0, 1))
+    equinox, x = eqx.nn.Conv2d(2, 4, (2, 3), key=jax.random.key(0)), jnp.ones((1, 2, 5, 5))
+    inst = pq.instrument(pq.from_equinox(equinox), x)
+    assert inst.roles["weight"] == pq.AxisRole((1, 2, 3), (0,), "weight/input", positions=(2, 3))
 
 
 def test_reused_parameter_gets_a_number():

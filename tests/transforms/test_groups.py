@@ -70,6 +70,18 @@ def test_roles_say_what_the_output_is():
     np.testing.assert_array_equal(layout("w", (3, 4), NM(1, 2), role).scores(jnp.asarray(w)), w.reshape(3, 2, 2))
 
 
+def test_the_input_channel_of_a_convolution_is_where_its_role_says():
+    """equinox has (out, in, height, width): the last axis is a position."""
+    role = {"w": AxisRole((1, 2, 3), (0,), "x", positions=(2, 3))}
+    assert layout("w", (5, 2, 3, 4), "in", role).sizes.shape == (1, 2, 1, 1)
+    assert layout("w", (5, 2, 3, 4), "filter", role).sizes.shape == (5, 2, 1, 1)
+    assert layout("w", (3, 4, 2, 5), "in").sizes.shape == (1, 1, 2, 1)
+
+
+def test_every_pair_of_head_and_place_is_an_input_channel():
+    assert layout("o", (4, 2, 8), "in", {"o": AxisRole((0, 1), (2,), "x")}).sizes.shape == (4, 2, 1)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_row_is_one_output_channel_and_each_keeps_as_many(shape):
     cut, w = layout("kernel", shape, "row"), magnitudes(shape)

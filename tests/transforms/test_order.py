@@ -18,6 +18,7 @@ ARRAYS = {
     "half zeros": np.where(RNG.random(31) < 0.5, 0, RNG.random(31)).astype(np.float32),
     "wide": np.exp(RNG.uniform(-80, 80, 50)).astype(np.float32),
     "neighbours": np.nextafter(np.float32(1), np.float32(2)) * np.ones(5, np.float32) - np.float32([0, 1, 0, 1, 0]) * 2**-23,
+    "many ties": np.repeat(np.float32([0.1, 0.3, 0.7]), 13),
     "extremes": np.float32([np.finfo(np.float32).max, np.finfo(np.float32).tiny, 0, 1, np.inf]),
 }
 every_rank = jax.jit(jax.vmap(kth_largest, (None, 0)))
