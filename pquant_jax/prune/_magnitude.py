@@ -24,7 +24,8 @@ def magnitude(
 ) -> Transform:
     """Keep the groups of the largest L2 norm; the target rises as 1 - (1 - t)^power, t from `begin` to `end` of the training.
 
-    The mask is made before every epoch of the training stage and stands still in fine-tuning.
+    The mask is made between the epochs of the training stage, of the kernels as they were trained, whatever is rewound, and
+    stands still in fine-tuning.
 
     Args:
       sparsity: zeros / total, a fraction, or one for each rule: {"Dense_0/.*": 0.5, ".*": 0.9}.

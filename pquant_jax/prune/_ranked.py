@@ -37,7 +37,8 @@ from pquant_jax.transforms import (
 class RankedState(NamedTuple):
     """hyper: sparsity, begin, end, power.  stage: of the last step.  part: of the target that is in force, fraction.
 
-    open: does `seen` take in statistics now, bool.  share: {path: its own target, fraction}.  seen: {path: what the scores are
+    open: does `seen` take in statistics now, bool.  settled: no step was taken since the mask was made when an epoch ended, so
+    that a rewind of the kernels leaves it alone.  share: {path: its own target, fraction}.  seen: {path: what the scores are
     made of}.  fisher: {path: E[gradient^2]} where the budget needs it.  mask: {path: 0/1}.
     """
 
@@ -45,6 +46,7 @@ class RankedState(NamedTuple):
     stage: jax.Array
     part: jax.Array
     open: jax.Array
+    settled: jax.Array
     share: dict[str, jax.Array]
     seen: Tree
     fisher: dict[str, jax.Array]
@@ -101,6 +103,7 @@ def ranked(
             jnp.asarray(Stage.PRETRAIN, jnp.int32),
             jnp.zeros((), jnp.float32),
             (hypers["begin"] <= 0) | (not method.once),  # a loop that announces no epochs collects as well
+            jnp.zeros((), jnp.bool_),
             own_targets(sparsity, kernels),
             method.init(kernels),
             no_fisher(kernels, budget),
@@ -115,7 +118,8 @@ def ranked(
         stats = stats or {}
         seen = method.gather(state.seen, stats, (stage == Stage.TRAIN) & state.open) if method.needs else state.seen
         fisher = next_fisher(state.fisher, stats)
-        return params, state._replace(stage=jnp.asarray(stage, jnp.int32), seen=seen, fisher=fisher)
+        settled = jnp.zeros_like(state.settled)
+        return params, state._replace(stage=jnp.asarray(stage, jnp.int32), settled=settled, seen=seen, fisher=fisher)
 
     def boundary(
         params: Params,
@@ -133,16 +137,20 @@ def ranked(
         cuts = layouts(kernels, groups, roles)
         scores = {p: cuts[p].scores(method.score(p, w, state.seen)) for p, w in kernels.items()}
         share = shares(budget, cuts, kernels, scores, state.fisher, resolved(state.share, h["sparsity"]))
-        starts, final = (event == Event.PRE_EPOCH) & (stage == Stage.TRAIN), event == Event.PRE_FINETUNE
-        ramp = epoch >= h["end"] if method.once else _ramp(h, epoch / jnp.maximum(epochs, 1))
+        training, final = stage == Stage.TRAIN, event == Event.PRE_FINETUNE
+        starts, ends = (event == Event.PRE_EPOCH) & training, (event == Event.POST_EPOCH) & training
+        ramp = epoch >= h["end"] if method.once else _ramp(h, (epoch + ends) / jnp.maximum(epochs, 1))
         part = jnp.where(final, 1, jnp.maximum(state.part, ramp)).astype(jnp.float32)
-        moves = (starts | final) & (state.part == 0) if method.once else starts | final
+        anew = ends | ((starts | final) & ~(state.settled & (part == state.part)))
+        moves = (starts | final) & (state.part == 0) if method.once else anew
         fresh = {p: cuts[p].expand(survivors(cuts[p], s, share[p] * part)) for p, s in scores.items()}
         masks = {p: jnp.where(moves & (part > 0), method.finish(kernels[p], fresh[p]), m) for p, m in state.mask.items()}
         part = jnp.where(moves, part, state.part)
         begun = jnp.where(event == Event.PRE_EPOCH, starts & (epoch >= h["begin"]), state.open)
         is_open = begun & (part == 0) if method.once else state.open
-        return params, state._replace(stage=jnp.asarray(stage, jnp.int32), part=part, open=is_open, mask=masks)
+        return params, state._replace(
+            stage=jnp.asarray(stage, jnp.int32), part=part, open=is_open, settled=ends | state.settled, mask=masks
+        )
 
     needs = method.needs | needs_of(budget)
     return Transform(name, attach, init, apply, step, boundary, no_penalty, labelled(name, "thresholds"), needs)

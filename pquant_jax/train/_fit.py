@@ -41,8 +41,9 @@ Callback = Callable[[Record, TrainState], "bool | None"]
 class Result(NamedTuple):
     """What `fit` gives back.
 
-    state: the best epoch's of the last stage, by validation metric, ranges calibrated.  view: what its forward sees.
-    history: one record per epoch.  best: the chosen epoch's record.  traces: how often the step was traced (1).
+    state: the best epoch's of the last stage, by validation metric, ranges calibrated; where a compression is trained to the end
+    without fine-tuning, the last epoch's with its masks made final, as earlier ones are pruned less.  view: what its forward
+    sees.  history: one record per epoch.  best: the chosen epoch's record.  traces: how often the step was traced (1).
     seconds: of the epochs together.
     """
 
@@ -115,11 +116,12 @@ def fit(
     view = jax.eval_shape(lambda s: view_of(compression, s), state)
     run = _compile(inst, compression, tx, loss, metric, quantized=set(inst.sites) <= set(view.sites))
     slots = schedule(plan)
+    chosen = slots[-1].stage if slots[-1].stage != Stage.TRAIN or compression.name == "identity" else None
     now = _resumed(_folder(checkpoints), state) if resume else _begun(run, plan, state)
     try:
         for n, slot in enumerate(slots[now.done :], now.done):
             order = permutation(seed, n, samples, batch_size, shuffle=shuffle)
-            now = _next(run, now, slot, order, train, val, last=slot.stage == slots[-1].stage, metric=metric)
+            now = _next(run, now, slot, order, train, val, last=slot.stage == chosen, metric=metric)
             stop = any([callback(now.history[-1], now.state) for callback in callbacks])
             ends = n + 1 == len(slots) or slots[n + 1].stage != slot.stage
             if ends or stop or (checkpoint_every and (n + 1) % checkpoint_every == 0):
@@ -130,6 +132,8 @@ def fit(
         if now.done:
             _save(checkpoints, now, keep=True)
         raise
+    if chosen is None and now.done == len(slots):
+        now = now._replace(best=({**now.history[-1], **_figures(run, now.state, val)[0]}, now.state))
     return _result(inst, compression, now, [train.x, val.x], run.traces[0])
 
 
@@ -225,8 +229,7 @@ def _one_epoch(
     state = run.tell(state, Event.PRE_EPOCH, slot.stage, slot.epoch, slot.epochs)
     state, loss = run.epoch(state, train, jnp.asarray(order), np.int32(slot.stage))
     state = run.tell(state, Event.POST_EPOCH, slot.stage, slot.epoch, slot.epochs)
-    measured, finite = jax.device_get(run.evaluate(state, val))
-    figures = {name: float(v) for name, v in measured.items()}
+    figures, finite = _figures(run, state, val)
     record = dict(epoch=n, stage=STAGE_NAMES[slot.stage], loss=float(loss), **figures, seconds=time.perf_counter() - start)
     # the loss is of the parameters before each step: what the last step of an epoch did shows in them alone
     broken = [path for path, is_finite in finite.items() if not is_finite]
@@ -237,6 +240,12 @@ def _one_epoch(
             "or look for an unbounded output. The last checkpoint is kept"
         )
     return state, record
+
+
+def _figures(run: _Run, state: TrainState, val: Batch) -> tuple[Record, dict[str, bool]]:
+    """What is measured on the validation set, and {path: is all of it finite}."""
+    measured, finite = jax.device_get(run.evaluate(state, val))
+    return {name: float(v) for name, v in measured.items()}, finite
 
 
 def _after(run: _Run, state: TrainState, slot: Slot, saved: dict[str, Any]) -> TrainState:

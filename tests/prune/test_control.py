@@ -14,7 +14,7 @@ import pquant_jax as pq
 from pquant_jax._base import Event, Params, Stage
 from pquant_jax._errors import TransformError
 from pquant_jax._tree import sparsity
-from pquant_jax.prune import autosparse, cs, dst
+from pquant_jax.prune import autosparse, cs, dst, magnitude
 from pquant_jax.prune._control import LIMIT, control, exact, steer, strength
 from pquant_jax.transforms import with_hyper
 
@@ -121,6 +121,22 @@ def test_a_rewind_does_not_change_which_weights_were_chosen(name, target, w, tel
     rewound = Params({"kernel": w[::-1, ::-1]}, params.extra)
     _, frozen = tell(t, rewound, state, Event.PRE_FINETUNE, Stage.FINETUNE)
     np.testing.assert_array_equal(frozen.mask["kernel"], chosen)
+
+
+def test_a_rewind_does_not_change_what_magnitude_keeps(w, tell):
+    t = magnitude(sparsity=0.5)
+    params = t.attach({"kernel": w})
+    state = t.init(params)._replace(stage=jnp.int32(Stage.TRAIN))
+    params, state = tell(t, params, state, Event.POST_EPOCH, epoch=9)
+    chosen = np.asarray(state.mask["kernel"])
+    assert chosen.sum() == chosen.size // 2
+    rewound = Params({"kernel": 1 - jnp.abs(w)}, {})
+    for event, stage in ((Event.PRE_EPOCH, Stage.TRAIN), (Event.PRE_FINETUNE, Stage.FINETUNE)):
+        rewound, state = tell(t, rewound, state, event, stage, epoch=0)
+        np.testing.assert_array_equal(state.mask["kernel"], chosen)
+    rewound, state = t.step(rewound, state, stage=jnp.int32(Stage.TRAIN), stats={})
+    _, state = tell(t, rewound, state, Event.PRE_FINETUNE, Stage.FINETUNE)  # a loop that announces no ends of epochs
+    assert np.any(state.mask["kernel"] != chosen)
 
 
 @pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)

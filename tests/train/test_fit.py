@@ -91,6 +91,16 @@ def test_prune_only(plain):
     assert {float(v) for m in result.view.masks.values() for v in np.ravel(m)} == {0.0, 1.0}
 
 
+def test_without_fine_tuning_the_masks_are_final_and_the_figures_are_theirs(plain):
+    """An earlier epoch may have been better, because it was pruned less."""
+    compression = pq.prune.pdp(sparsity=0.75, epsilon=0.5)
+    result = plain.fit(pq.Plan(0, 3, 0), compression=compression)
+    assert {float(v) for m in result.view.masks.values() for v in np.ravel(m)} == {0.0, 1.0}
+    assert result.best["epoch"] == 2 and np.isclose(result.best["sparsity"], 0.75)
+    logits, _ = jax.jit(plain.inst.forward)(result.view, result.state.model_state, plain.inst.encode(plain.data.val.x))
+    assert result.best["val_metric"] == np.mean(np.argmax(logits, -1) == plain.data.val.y)
+
+
 def test_quantize_only(plain):
     inst = plain.inst
     compression = pq.quantize.fixed(inst.sites, weights=pq.quantize.Format(1, 4, 1), activations=pq.quantize.Format(3, 4))
