@@ -47,15 +47,16 @@ def ap(
 
     The activity is averaged over the batches of `period` epochs of the training stage, the first `begin` of which don't
     count; at the end of each period, and when fine-tuning begins with a mean not used yet, the mask is made anew.  The
-    activity of a pruned channel says nothing but its bias's sign, so it keeps the one that it was pruned for.
+    activity of a pruned channel says nothing but its bias's sign, so it keeps the one that it was pruned for.  The most active
+    channel of a kernel always stays.
 
     Args:
       threshold: activity, a fraction of samples; give either this or
       target: the fraction of every kernel's channels to prune, exact, the least active ones.
       begin, period: epochs.
       roles: `inst.roles`, which says what the output channels are; default the last axis.
-      compat: "pquantml" waits `begin` epochs again after every mask, prunes nothing when fine-tuning begins, and lets a
-        pruned channel return once its bias is positive.
+      compat: "pquantml" waits `begin` epochs again after every mask, prunes nothing when fine-tuning begins, lets a pruned
+        channel return once its bias is positive, and can prune all channels of a kernel.
     Raises: TransformError for both or none of threshold and target, or a kernel without the statistic "active".
 
     >>> t = ap(threshold=0.2)
@@ -112,7 +113,7 @@ def ap(
         score, masks = {}, {}
         for p, cut in cuts.items():
             seen = state.mean[p] if compat else jnp.where(cut.scores(state.mask[p]) > 0, state.mean[p], state.score[p])
-            stays = survivors(cut, seen, h["target"]) if threshold is None else (seen > h["threshold"]).astype(jnp.float32)
+            stays = survivors(cut, seen, h["target"]) if threshold is None else _above(seen, h["threshold"], spare=not compat)
             score[p] = jnp.where(renews, seen, state.score[p])
             masks[p] = jnp.where(renews, cut.expand(stays), state.mask[p])
         done = state.done + ended
@@ -127,6 +128,12 @@ def ap(
         )
 
     return Transform("ap", attach, init, apply, step, boundary, no_penalty, labelled("ap", "thresholds"), frozenset({"active"}))
+
+
+def _above(seen: jax.Array, threshold: jax.Array, *, spare: bool) -> jax.Array:
+    """1 for the channels above the threshold.  spare: the most active one stays, for where none is above it the signal ends."""
+    best = (jnp.arange(seen.size) == jnp.argmax(seen)).reshape(seen.shape)
+    return ((seen > threshold) | (best & spare)).astype(jnp.float32)
 
 
 def _activity(path: str, shape: tuple[int, ...], stats: Stats) -> jax.Array:

@@ -111,25 +111,25 @@ def pdp(
 ) -> Transform:
     """Prune the groups of the smallest L2 norm with a soft mask that needs no trained parameter.
 
-    The target of epoch e of the training stage is min(1, epsilon * (e + 1)) * sparsity.  The soft mask is stored once per
-    epoch; when fine-tuning begins, the mask becomes 0/1 and exact for what the ramp has reached: within one weight or
-    group of the target, N:M in every block.  N:M is in force from the first epoch on.
+    The target of epoch e of E of the training stage is min(1, (e + 1) * max(epsilon, 1 / E)) * sparsity.  The soft mask is
+    stored once per epoch; when fine-tuning begins, the mask becomes 0/1 and exact: within one weight or group of the
+    target, N:M in every block.  N:M is in force from the first epoch on.
 
     Args:
       sparsity: zeros / total, a fraction, or one for each rule: {"Dense_0/.*": 0.5, ".*": 0.9}.
-      epsilon: ramp, fraction of the target per epoch.
+      epsilon: ramp, fraction of the target per epoch; where E epochs of it fall short of the target, 1 / E takes its place.
       temperature: softness, in units of w^2.
       groups: what is pruned together: "weight", "row", "in", "out", "filter", "head", "layer", NM, Block, Cross, Reuse, Heads.
       budget: "layer", "global" or "fisher", as in `magnitude`; distributed anew before every epoch.
       roles: `inst.roles`, which says what input and output are; default the last axis is the output.
-      compat: "pquantml" truncates the count that stays in float32 (19 of 100 at 0.8) and fine-tunes with the stored soft
-        mask rounded at 0.5.
+      compat: "pquantml" truncates the count that stays in float32 (19 of 100 at 0.8), fine-tunes with the stored soft mask
+        rounded at 0.5, and ends below the target where the ramp is too short.
     Raises: TransformError for a model without kernels, a rule without a match, groups that a kernel can't be cut into, or
       N:M under "pquantml", which has none.
 
     >>> t = pdp(sparsity=0.5, epsilon=1.0)
     >>> params = t.attach({"kernel": jnp.float32([[4.0, 3.0], [2.0, 1.0]])})
-    >>> now = dict(event=jnp.int32(Event.PRE_EPOCH), epoch=jnp.int32(0), stage=jnp.int32(Stage.TRAIN))
+    >>> now = dict(event=jnp.int32(Event.PRE_EPOCH), epoch=jnp.int32(0), epochs=jnp.int32(9), stage=jnp.int32(Stage.TRAIN))
     >>> _, state = t.boundary(params, t.init(params), **now)
     >>> t.apply(params, state)[0].model["kernel"].tolist()
     [[4.0, 3.0], [0.0, 0.0]]
@@ -168,7 +168,15 @@ def pdp(
         return params, state._replace(stage=jnp.asarray(stage, jnp.int32), fisher=next_fisher(state.fisher, stats or {}))
 
     def boundary(
-        params: Params, state: PDPState, *, view: View | None = None, event: Any, epoch: Any, stage: Any, **extra: Any
+        params: Params,
+        state: PDPState,
+        *,
+        view: View | None = None,
+        event: Any,
+        epoch: Any,
+        stage: Any,
+        epochs: Any,
+        **extra: Any,
     ) -> tuple[Params, PDPState]:
         del extra
         training, final = stage == Stage.TRAIN, event == Event.PRE_FINETUNE
@@ -176,7 +184,8 @@ def pdp(
         kernels, h = kernels_of(entering(params, view).model), state.hyper
         cuts = layouts(kernels, groups, roles)
         scores = {p: cut.scores(jnp.abs(kernels[p])) for p, cut in cuts.items()}
-        part = jnp.where(starts, jnp.minimum(1.0, h["epsilon"] * (epoch + 1).astype(jnp.float32)), state.part)
+        pace = h["epsilon"] if compat else jnp.maximum(h["epsilon"], 1 / jnp.maximum(epochs, 1).astype(jnp.float32))
+        part = jnp.where(starts, jnp.minimum(1.0, pace * (epoch + 1).astype(jnp.float32)), state.part)
         share = shares(budget, cuts, kernels, scores, state.fisher, resolved(state.share, h["sparsity"]))
         now = {p: part * v for p, v in share.items()}
         ratio, masks, fresh = {}, {}, soft(kernels, state)

@@ -78,6 +78,15 @@ def test_the_target_ramps_over_the_epochs(w, tell):
     np.testing.assert_allclose(state.ratio["kernel"], 0.24, rtol=1e-6)
 
 
+def test_pquantml_ends_below_the_target_where_the_ramp_is_too_short(w, tell):
+    """0.015 per epoch is a ramp of 67 epochs."""
+    for compat, last in (("pquantml", 0.06), (None, 1)):
+        t = pdp(sparsity=0.5, compat=compat)
+        params = t.attach({"kernel": w})
+        _, state = tell(t, params, t.init(params), Event.PRE_EPOCH, epoch=3, epochs=4)
+        np.testing.assert_allclose(state.part, last, rtol=1e-6)
+
+
 def test_only_the_training_stage_ramps(w, tell):
     t = pdp(sparsity=0.8, epsilon=1.0)
     params = t.attach({"kernel": w})
