@@ -13,8 +13,7 @@ import numpy as np
 
 from pquant_jax._base import Tree, View
 from pquant_jax.graph import Instrumented
-from pquant_jax.lower import Graph, emulate, ir, trace
-from pquant_jax.lower import verify as compare
+from pquant_jax.lower import Graph, emulate, ir, trace, verify as compare
 from pquant_jax.run._figures import CHUNK, score
 from pquant_jax.run._files import read_json, write_json
 from pquant_jax.run._log import Log, phase

@@ -31,8 +31,7 @@ from pquant_jax.train._step import (
     make_step,
     permutation,
 )
-from pquant_jax.transforms import CompressionState, as_optax, boundary, identity, state_of
-from pquant_jax.transforms import optimizer as partitioned
+from pquant_jax.transforms import CompressionState, as_optax, boundary, identity, optimizer as partitioned, state_of
 
 Record = dict[str, Any]
 Callback = Callable[[Record, TrainState], "bool | None"]

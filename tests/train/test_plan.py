@@ -6,8 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from pquant_jax import ConfigError, Event, Plan, Stage
 from pquant_jax.train import permutation, schedule
