@@ -87,7 +87,7 @@ def dominant(support: jax.Array, num_patterns: int, beta: float) -> Dominant:
     """The most frequent rows of `support`, (n, b) of 0 and 1: at most `num_patterns`, and no more than it takes to cover beta.
 
     Ties go to the smaller pattern, read as a number with its first weight as the lowest bit, or to the first to occur where
-    b > 10.  Counts and ranks by comparison, without a sort.
+    b > 10.
 
     >>> found = dominant(jnp.float32([[1, 0], [1, 1], [1, 0]]), num_patterns=4, beta=0.6)
     >>> found.patterns[found.valid].tolist(), found.kernels[found.valid].tolist()
@@ -108,14 +108,10 @@ def dominant(support: jax.Array, num_patterns: int, beta: float) -> Dominant:
         place = jnp.arange(n)
         first = ~jnp.any(same & (place[None] < place[:, None]), 1)
         count, candidates = jnp.where(first, jnp.sum(same, 1, dtype=jnp.int32), 0), support
-    place = jnp.arange(count.size, dtype=jnp.int32)
-    ahead = (count[None] > count[:, None]) | ((count[None] == count[:, None]) & (place[None] < place[:, None]))
-    rank = jnp.sum(ahead, 1, dtype=jnp.int32)
-    covered = jnp.sum(jnp.where(ahead, count[None], 0), 1)  # by the patterns in front
-    stays = (count > 0) & (covered < math.ceil(beta * n - 1e-9))  # not one more for the last bit of beta
-    places = min(num_patterns, count.size)
-    chosen = jnp.zeros(places, jnp.int32).at[rank].set(place, mode="drop")  # rank is a permutation
-    return Dominant(candidates[chosen], stays[chosen], count[chosen])
+    kernels, chosen = jax.lax.top_k(count.astype(jnp.float32), min(num_patterns, count.size))  # of equals the first
+    in_front = jnp.cumsum(kernels) - kernels
+    stays = (kernels > 0) & (in_front < math.ceil(beta * n - 1e-9))  # not one more for the last bit of beta
+    return Dominant(candidates[chosen], stays, kernels.astype(jnp.int32))
 
 
 def nearest(w: jax.Array, found: Dominant, epsilon: float, alpha: float, distance: str) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -127,7 +123,6 @@ def nearest(w: jax.Array, found: Dominant, epsilon: float, alpha: float, distanc
     size = jnp.abs(w)
     s = (size > epsilon).astype(w.dtype)
     p = found.patterns
-    mismatch = jnp.abs(s[:, None] - p[None])
     energy = jnp.sum(jnp.square(w), 1)
     present = energy > 0
 
@@ -139,7 +134,8 @@ def nearest(w: jax.Array, found: Dominant, epsilon: float, alpha: float, distanc
     if distance == "cosine":
         table = jax.vmap(cosine, 1, 1)(jnp.square(w) @ p.T)
     else:
-        table = jnp.sum(mismatch if distance == "hamming" else mismatch * size[:, None], -1)
+        weight = jnp.ones_like(size) if distance == "hamming" else size
+        table = jnp.sum(weight * s, 1, keepdims=True) + (weight * (1 - 2 * s)) @ p.T  # |s - p| = s + (1 - 2 s) p
     table = jax.lax.stop_gradient(table)
     at = jnp.argmin(jnp.where(found.valid, table, jnp.inf), 1)
     hard, q = jnp.take_along_axis(table, at[:, None], 1)[:, 0], p[at]
