@@ -1,4 +1,4 @@
-"""HAWQ: bit-widths by the trace of the Hessian and an integer program (Dong et al., arXiv:1911.03852; Yao et al., arXiv:2011.10680)."""
+"""HAWQ: bit-widths by the trace of the Hessian and an integer program (arXiv:1911.03852, arXiv:2011.10680)."""
 
 from __future__ import annotations
 
