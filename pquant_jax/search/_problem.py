@@ -19,7 +19,8 @@ FLOAT = 32  # bits of an unquantized value
 
 
 class Problem(NamedTuple):
-    """inst, params: the model.  state: of the model.  loss: one value per sample.  data: the samples to measure on."""
+    """inst, params: the model.  state: of the model.  loss: one value per sample.  data: the samples to measure on,
+    on the input ports."""
 
     inst: Instrumented
     params: Tree
@@ -33,12 +34,14 @@ def problem(
 ) -> Problem:
     """params may be those of a training; state defaults to the model's."""
     model = params.model if isinstance(params, Params) else params
-    return Problem(inst, model, inst.model.state if state is None else state, loss, batches(data, samples, batch_size))
+    sampled = batches(data, samples, batch_size)
+    sampled = sampled._replace(x=jax.tree.map(jnp.asarray, inst.encode(sampled.x)))
+    return Problem(inst, model, inst.model.state if state is None else state, loss, sampled)
 
 
 def losses(p: Problem, leaves: Mapping[str, jax.Array], x: Tree, y: Tree) -> jax.Array:
-    """One loss per sample of the unquantized model with these parameters replaced."""
-    predicted, _ = p.inst.forward(View(_tree.replace(p.params, leaves), {}, {}), p.state, x, train=False)
+    """One loss per sample of the unquantized model with these parameters replaced; any derivative of it exists."""
+    predicted, _ = p.inst.model.forward(_tree.replace(p.params, leaves), p.state, x, train=False, rng=None)
     return p.loss(predicted, y)
 
 
