@@ -54,6 +54,19 @@ def products(count: Callable, masks: Mapping[str, jax.Array], candidates: Mappin
     return Cost(float(total - linear.sum() - bend.sum() / 2), own, pairs)
 
 
+class _Linear(NamedTuple):
+    """The program over the variables (site, width), one of which is 1 per site, and (site, width, site, width).
+
+    place: {variable: column}.  spent: what each costs.  rows x = sides.  whole: the first of them are whole numbers.
+    """
+
+    place: dict[tuple, int]
+    spent: np.ndarray
+    rows: Any
+    sides: np.ndarray
+    whole: int
+
+
 def solve(omega: Table, cost: Cost, limit: float, what: str) -> dict[str, int]:
     """The width of every site that makes the sum of omega least while the cost is at most `limit`.
 
@@ -65,15 +78,25 @@ def solve(omega: Table, cost: Cost, limit: float, what: str) -> dict[str, int]:
     >>> solve(omega, Cost(0.0, {n: {2: 2.0, 8: 8.0} for n in omega}, {}), 10.0, "size")
     {'a': 8, 'b': 2}
     """
-    from scipy.optimize import Bounds, milp
-    from scipy.sparse import csr_array
-
-    cheapest = {n: min(table, key=lambda w, n=n: (cost.own.get(n, {}).get(w, 0.0), w)) for n, table in omega.items()}
-    if value(cost, cheapest) > limit * (1 + 1e-6):
+    linear = _linear(omega, cost)
+    lost = np.zeros(len(linear.place))
+    for name, table in omega.items():
+        for width, perturbation in table.items():
+            lost[linear.place[name, width]] = perturbation
+    found = _minimum(linear, omega, lost, limit - cost.constant)
+    if found is None:
+        cheapest = _minimum(linear, omega, linear.spent, np.inf)
+        least = np.nan if cheapest is None else value(cost, cheapest)
         raise SearchError(
-            f"{what} of {limit:.6g} can't be reached: the cheapest choice needs {value(cost, cheapest):.6g}; raise the limit, "
+            f"{what} of {limit:.6g} can't be reached: the cheapest choice needs {least:.6g}; raise the limit, "
             "or allow narrower widths"
         )
+    return found
+
+
+def _linear(omega: Table, cost: Cost) -> _Linear:
+    from scipy.sparse import csr_array
+
     chosen = [(n, w) for n, table in omega.items() for w in table]
     open_pairs = [pair for pair in cost.pairs if all(len(omega[n]) > 1 for n in pair)]
     paired = [(a, v, b, w) for a, b in open_pairs for v in omega[a] for w in omega[b]]
@@ -82,33 +105,33 @@ def solve(omega: Table, cost: Cost, limit: float, what: str) -> dict[str, int]:
     for n, w in chosen:
         spent[place[n, w]] += cost.own.get(n, {}).get(w, 0.0)
     for (a, b), c in cost.pairs.items():
-        if (a, b) in open_pairs:
-            for v, w in itertools.product(omega[a], omega[b]):
-                spent[place[a, v, b, w]] += c * v * w
-        else:
-            free, (other,) = (a, omega[b]) if len(omega[b]) == 1 else (b, omega[a])
-            for w in omega[free]:
-                spent[place[free, w]] += c * w * other
-    rows = [{place[n, w]: 1.0 for w in table} for n, table in omega.items()]
-    sides = [1.0] * len(rows)
+        for v, w in itertools.product(omega[a], omega[b]):
+            variable = (a, v, b, w) if (a, b) in open_pairs else (a, v) if len(omega[b]) == 1 else (b, w)
+            spent[place[variable]] += c * v * w
+    rows, sides = [{place[n, w]: 1.0 for w in table} for n, table in omega.items()], [1.0] * len(omega)
     for a, b in open_pairs:
-        for v in omega[a]:
-            rows.append({place[a, v]: -1.0} | {place[a, v, b, w]: 1.0 for w in omega[b]})
-        for w in omega[b]:
-            rows.append({place[b, w]: -1.0} | {place[a, v, b, w]: 1.0 for v in omega[a]})
+        rows += [{place[a, v]: -1.0} | {place[a, v, b, w]: 1.0 for w in omega[b]} for v in omega[a]]
+        rows += [{place[b, w]: -1.0} | {place[a, v, b, w]: 1.0 for v in omega[a]} for w in omega[b]]
     sides += [0.0] * (len(rows) - len(sides))
     at = [(r, c, v) for r, row in enumerate(rows) for c, v in row.items()]
     matrix = csr_array(([v for _, _, v in at], ([r for r, _, _ in at], [c for _, c, _ in at])), (len(rows), len(place)))
-    gain = np.array([omega[n][w] for n, w in chosen] + [0.0] * len(paired))
+    return _Linear(place, spent, matrix, np.array(sides), len(chosen))
+
+
+def _minimum(linear: _Linear, omega: Table, objective: np.ndarray, budget: float) -> dict[str, int] | None:
+    """The choice of least objective, None if none keeps within the budget."""
+    from scipy.optimize import Bounds, milp
+
     # both are scaled, since the solver's tolerances are absolute
-    worst, dearest = (max(float(v.max(initial=0.0)), 1e-30) for v in (gain, spent))
-    budget = np.array([(limit - cost.constant) / dearest])
+    worst, dearest = (max(float(v.max(initial=0.0)), 1e-30) for v in (objective, linear.spent))
+    within = (linear.spent[None] / dearest, -np.inf, np.array([budget / dearest]))
+    integrality = (np.arange(len(linear.place)) < linear.whole).astype(int)
     done: Any = milp(
-        gain / worst,
-        integrality=np.array([1] * len(chosen) + [0] * len(paired)),
+        objective / worst,
+        integrality=integrality,
         bounds=Bounds(0, 1),
-        constraints=[(matrix, np.array(sides), np.array(sides)), (spent[None] / dearest, -np.inf, budget)],
+        constraints=[(linear.rows, linear.sides, linear.sides), within],
     )
     if done.x is None:
-        raise SearchError(f"the integer program for {what} of {limit:.6g} was not solved: {done.message}")
-    return {n: max(table, key=lambda w, n=n: done.x[place[n, w]]) for n, table in omega.items()}
+        return None
+    return {n: max(table, key=lambda w, n=n: done.x[linear.place[n, w]]) for n, table in omega.items()}
