@@ -18,7 +18,7 @@ from pquant_jax.graph import Instrumented
 from pquant_jax.quantize import Format
 from pquant_jax.search._activations import choices
 from pquant_jax.search._formats import Rules, closest, fitted, on_grid, rules_of
-from pquant_jax.search._problem import FLOAT, Problem, counter, losses, measured_ebops, problem, ranges
+from pquant_jax.search._problem import FLOAT, Problem, counter, losses, problem, ranges
 from pquant_jax.search._traces import fisher
 from pquant_jax.search._walk import Goal, Node, Steps, Task, Weights, met, sparsity, start, unreachable, walk
 from pquant_jax.train import cross_entropy
@@ -31,7 +31,7 @@ class FITCompressed(NamedTuple):
     """What `fitcompress` found.
 
     masks: {kernel: 0/1}.  rules: (site, Format) of every site, for `quantize.fixed`.  bits: {site: width, sign included}.
-    ratio: bits of the kept weights / 32 bits of all.  ebops: of the compressed model, measured with `inst.ebops`.
+    ratio: bits of the kept weights / 32 bits of all.  ebops: of the compressed model, by `inst.ebops`.
     sparsity: zeros / total of the masks.  path: the nodes from the start to the one found.
     """
 
@@ -106,9 +106,9 @@ def fitcompress(
     p = problem(inst, params, data, loss, model_state, samples, batch_size)
     chosen = _kernels(p, where)
     _check(ratio, ebops, widths, sparsities, compat)
-    top = widths[0] if widths else FLOAT
+    top, count = widths[0] if widths else FLOAT, counter(p)
     rest = {n: {"input": activations, "kernel": top}.get(spec.kind, biases) for n, spec in inst.sites.items() if n not in chosen}
-    goal = _of_weights(chosen, ratio, compat) if ebops is None else _of_products(p, chosen, rest, ebops)
+    goal = _of_weights(chosen, ratio, compat) if ebops is None else _of_products(count, chosen, rest, ebops)
     steps = Steps(tuple(widths), tuple(float(s) for s in sparsities), greedy, approximate, strength)
     task = Task(
         _informed(p, compat), lambda path, w, width: _quantized(inst.sites[path], w, width, limit, compat), goal, steps, compat
@@ -121,7 +121,7 @@ def fitcompress(
     masks, rules = {path: jnp.asarray(m) for path, m in end.masks.items()}, rules_of(formats)
     bits = {name: round(fmt.i + fmt.f + (fmt.k or 0)) for name, fmt in formats.items()}
     kept = _of_weights(chosen, 1.0, compat).spent(end.weights, end.masks, final)
-    return FITCompressed(masks, rules, bits, kept, measured_ebops(p, masks, rules), sparsity(end.masks), end.path)
+    return FITCompressed(masks, rules, bits, kept, float(count(bits, masks)), sparsity(end.masks), end.path)
 
 
 def _kernels(p: Problem, where: _tree.Where) -> Weights:
@@ -187,9 +187,9 @@ def _counted_in_pquantml(w: np.ndarray, b: int) -> float:
     return float(b * np.sum(np.abs(w) >= 2.0 ** -max(1, b - i - 2)))
 
 
-def _of_products(p: Problem, chosen: Weights, rest: Mapping[str, int], ebops: float) -> Goal:
+def _of_products(count: Callable[..., jax.Array], chosen: Weights, rest: Mapping[str, int], ebops: float) -> Goal:
     """EBOPs of the whole model relative to those with 32-bit weights and all of them there."""
-    count, ones = counter(p), {path: np.ones(w.shape, np.float32) for path, w in chosen.items()}
+    ones = {path: np.ones(w.shape, np.float32) for path, w in chosen.items()}
     unit = float(count({**rest, **dict.fromkeys(chosen, FLOAT)}, ones))
 
     def spent(weights: Weights, masks: Weights, widths: Mapping[str, int]) -> float:

@@ -18,7 +18,7 @@ from pquant_jax.graph import Instrumented
 from pquant_jax.quantize import Format
 from pquant_jax.search._activations import choices
 from pquant_jax.search._formats import Rules, closest, rules_of
-from pquant_jax.search._problem import Problem, counter, losses, measured_ebops, problem, ranges
+from pquant_jax.search._problem import Problem, counter, losses, problem, ranges
 from pquant_jax.search._program import Cost, Table, products, solve, value
 from pquant_jax.search._traces import Batches, Trace, hutchinson
 from pquant_jax.train import cross_entropy
@@ -31,7 +31,7 @@ class HAWQFound(NamedTuple):
 
     masks: as given, {kernel: 0/1}.  rules: (site, Format) of every site, for `quantize.fixed`.  bits: {site: width}.
     traces: {kernel: Trace of its Hessian}.  omega: {site: {width: perturbation}}; total: their sum at `bits`.
-    ebops: measured with `inst.ebops`.  bops: the same without masks.  size: bits of all kept weights.  cycles: from
+    ebops: by `inst.ebops`.  bops: the same without masks.  size: bits of all kept weights.  cycles: from
     input to output, by the table or the model of `latency`.
     """
 
@@ -106,11 +106,12 @@ def hawq(
     _check(p, widths, activations, masks, cycles)
     found, traces = _candidates(p, tuple(widths), tuple(activations), biases, masks, probes, seed)
     omega = {name: {w: lost for w, (_, lost) in choice.items()} for name, choice in found.items()}
-    cost = partial(_cost, p, omega, masks, cycles)
+    count = counter(p)
+    cost = partial(_cost, p, count, omega, masks, cycles)
     bits = solve(omega, cost(what), limit, what)
     rules = rules_of({name: found[name][width][0] for name, width in bits.items()})
     lost = sum(omega[name][width] for name, width in bits.items())
-    operations = [measured_ebops(p, kept, rules) for kept in (masks, {})]
+    operations = [float(count(bits, kept)) for kept in (masks, {})]
     return HAWQFound(masks, rules, bits, traces, omega, lost, *operations, *(value(cost(n), bits) for n in ("size", "latency")))
 
 
@@ -159,9 +160,11 @@ def _candidates(
     return found | choices(pruned, activations, biases, ranges(pruned)), traces
 
 
-def _cost(p: Problem, omega: Table, masks: Mapping[str, jax.Array], cycles: Table | None, what: str) -> Cost:
+def _cost(
+    p: Problem, count: Callable[..., jax.Array], omega: Table, masks: Mapping[str, jax.Array], cycles: Table | None, what: str
+) -> Cost:
     if what in ("EBOPs", "BOPs"):
-        return products(counter(p), masks if what == "EBOPs" else {}, {name: tuple(table) for name, table in omega.items()})
+        return products(count, masks if what == "EBOPs" else {}, {name: tuple(table) for name, table in omega.items()})
     kernels = _kernels(p)
     if what == "size":
         kept = {path: float(jnp.sum(masks[path])) if path in masks else w.size for path, w in kernels.items()}

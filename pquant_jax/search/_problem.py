@@ -12,7 +12,6 @@ import numpy as np
 from pquant_jax import _tree
 from pquant_jax._base import KIF, Params, SiteSpec, Tree, View
 from pquant_jax.graph import Instrumented
-from pquant_jax.search._formats import Rules, compression
 from pquant_jax.search._traces import Batches, batches
 
 FLOAT = 32  # bits of an unquantized value
@@ -58,7 +57,7 @@ def ranges(p: Problem) -> dict[str, tuple[float, float]]:
 
 
 def counter(p: Problem) -> Callable[..., jax.Array]:
-    """(width of every site, masks) -> EBOPs, differentiable in both; compiled once."""
+    """(width of every site, masks) -> `inst.ebops` of a view with such formats, differentiable in both; compiled once."""
 
     def kif(spec: SiteSpec, width: Any) -> KIF:
         zero = jnp.zeros((1,) * len(spec.shape), jnp.float32)
@@ -69,18 +68,3 @@ def counter(p: Problem) -> Callable[..., jax.Array]:
         return p.inst.ebops(View(p.params, kifs, dict(masks)))
 
     return jax.jit(count)
-
-
-def measured_ebops(p: Problem, masks: Mapping[str, Any], rules: Rules) -> float:
-    """`inst.ebops` of the view that these masks and rules make."""
-    transform = compression(p.inst, Found(masks, rules))
-    return float(
-        jax.jit(lambda params: p.inst.ebops(transform.apply(params, transform.init(params))[0]))(transform.attach(p.params))
-    )
-
-
-class Found(NamedTuple):
-    """The part of a result that `compression` reads."""
-
-    masks: Mapping[str, Any]
-    rules: Rules

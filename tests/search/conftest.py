@@ -14,6 +14,8 @@ import pytest
 import pquant_jax as pq
 from pquant_jax.zoo import mlp
 
+from ..train.conftest import compile_once  # noqa: F401
+
 
 class Trained(NamedTuple):
     """inst and the parameters of a float model of 16-16-8-5, on 2,000 jets."""
