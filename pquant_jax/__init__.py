@@ -8,13 +8,14 @@
 'chain(dst, hgq)'
 """
 
-from pquant_jax import constrain, data, graph, numerics, prune, quantize, train, transforms
+from pquant_jax import constrain, data, graph, numerics, prune, quantize, search, train, transforms
 from pquant_jax._base import KIF, AxisRole, Event, InputSpec, Params, SiteSpec, Stage, Transform, View
 from pquant_jax._errors import (
     ConfigError,
     DataError,
     LoweringError,
     PQuantError,
+    SearchError,
     ToolError,
     TraceError,
     TrainingError,
@@ -64,6 +65,7 @@ __all__ = [
     "Params",
     "Plan",
     "Result",
+    "SearchError",
     "SiteSpec",
     "Stage",
     "ToolError",
@@ -100,6 +102,7 @@ __all__ = [
     "prune",
     "quantize",
     "save_final",
+    "search",
     "site",
     "state_of",
     "train",

@@ -42,6 +42,10 @@ class ToolError(PQuantError):
     """An external tool is missing or failed."""
 
 
+class SearchError(PQuantError):
+    """A goal that no choice of a search can reach; says the smallest that can be reached."""
+
+
 class TrainingError(PQuantError):
     """Training produced NaN or infinity, or was asked to do something impossible."""
 
