@@ -17,6 +17,12 @@ from pquant_jax.graph import Instrumented
 Masks = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
+def compresses(experiment: Experiment) -> bool:
+    """Is the trained model another one than the float baseline's?"""
+    sections = (experiment.pruning, experiment.constraints, experiment.quantization, experiment.training.pnorm_decay)
+    return any(sections)
+
+
 def compression(experiment: Experiment, inst: Instrumented) -> Transform | None:
     """The chain of pruning, constraints and quantization in the configured order; None if there is nothing of it."""
     held = [_constraint(f"constraints.{n}", section, experiment, inst) for n, section in enumerate(experiment.constraints)]
