@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from pydantic import BaseModel
 
 import pquant_jax as pq
 from pquant_jax import _tree, config
-from pquant_jax.config._load import _sections, _tag
+from pquant_jax.config import _methods
+from pquant_jax.config._load import TAGS, _sections, _tag
 from pquant_jax.run import _hardware, _training, skips
 from pquant_jax.run._files import new_folder
 from pquant_jax.run._log import make_log
@@ -56,7 +58,8 @@ def _data(experiment, prepared, **_):
 
 
 def _compression(experiment, prepared, **_):
-    made = config.compression(experiment, prepared.inst)
+    with config.importing([]):
+        made = config.compression(experiment, prepared.inst)
     params = made.attach(prepared.inst.model.params)
     state = made.init(params)
     view = made.apply(params, state)[0]
@@ -64,16 +67,58 @@ def _compression(experiment, prepared, **_):
     return made.name, modes, sorted(view.masks), _leaves((params, state, view))
 
 
+def _plainly(value: Any) -> Any:
+    return "a function" if callable(value) else value
+
+
+def _arguments(experiment, prepared, *, monkeypatch, **_):
+    """What reaches the factories of pruning methods, metrics and constraints; what that does is tested with them."""
+    calls: list[Any] = []
+
+    def recorded(factory, result):
+        def call(*args, **arguments):
+            calls.append((factory.__name__, [*map(_plainly, args)], {k: _plainly(v) for k, v in sorted(arguments.items())}))
+            return result
+
+        return functools.wraps(factory)(call)  # with the signature, from which the arguments are taken
+
+    for name, factory in _methods.METHODS.items():
+        monkeypatch.setitem(_methods.METHODS, name, recorded(factory, pq.named(pq.identity(), name)))
+    for name, factory in _methods.METRICS.items():
+        made = pq.constrain.patterns() if name == "patterns" else pq.constrain.metrics.sparsity()
+        monkeypatch.setitem(_methods.METRICS, name, recorded(factory, made))
+    monkeypatch.setattr(pq.constrain, "mdmm", recorded(pq.constrain.mdmm, pq.identity()))
+    with config.importing([]):
+        config.compression(experiment, prepared.inst)
+    return calls
+
+
+def _stats(prepared) -> dict[str, Any]:
+    return {"range": {n: (np.zeros(s.shape), np.ones(s.shape)) for n, s in prepared.inst.sites.items()}}
+
+
 def _optimizer(experiment, prepared, **_):
     """Two updates of ones, for every kind of parameter."""
     tx = config.optimizer(experiment, prepared.compression, 4)
     params = prepared.compression.attach(jax.tree.map(np.ones_like, prepared.inst.model.params))
-    stats = {"range": {n: (np.zeros(s.shape), np.ones(s.shape)) for n, s in prepared.inst.sites.items()}}
     state, gradient = tx.init(params), jax.tree.map(np.ones_like, params)
     for _ in range(2):
-        updates, state = tx.update(gradient, state, params, stage=np.int32(1), stats=stats)
+        updates, state = tx.update(gradient, state, params, stage=np.int32(1), stats=_stats(prepared))
         params = optax.apply_updates(params, updates)
     return _leaves(params)
+
+
+def _multiplier(experiment, prepared, **_):
+    """Two updates of ones of a constraint's multiplier."""
+    with config.importing([]):
+        made = config.compression(experiment, prepared.inst)
+    tx, params = config.optimizer(experiment, made, 4), made.attach(prepared.inst.model.params)
+    state, gradient = tx.init(params), jax.tree.map(np.ones_like, params)
+    for _ in range(2):
+        updates, state = tx.update(gradient, state, params, stage=np.int32(1), stats=_stats(prepared))
+        params = optax.apply_updates(params, updates)
+    view = made.apply(params, pq.state_of(state))[0]
+    return _leaves(params.extra), float(made.penalty(params, pq.state_of(state), view))
 
 
 def _plan(experiment, prepared, **_):
@@ -141,10 +186,109 @@ def _folders(experiment, prepared, *, tmp_path, **_):
 
 
 PDP = {"method": "pdp"}
+SPARSITY = {"metric": "sparsity", "kind": ">=", "target": 0.5}
+OWN = """
+import flax.linen as nn
+import jax.numpy as jnp
+
+def build(outputs):
+    return nn.Dense(outputs)
+
+def single(params, view):
+    return sum(jnp.mean(jnp.abs(p["kernel"])) for p in params.model.values())
+
+def double(params, view):
+    return 2 * single(params, view)
+"""
+# groups.KEY: (another value, the groups it acts in)
+GROUPS: dict[str, tuple[Any, Any]] = {
+    "name": ("in", "out"),
+    "nm.n": (2, {"nm": {"n": 1, "m": 4}}),
+    "nm.m": (8, {"nm": {"n": 1, "m": 4}}),
+    "block.h": (4, {"block": {"h": 2, "w": 2}}),
+    "block.w": (4, {"block": {"h": 2, "w": 2}}),
+    "cross.h": (4, {"cross": {"w": 2}}),
+    "cross.w": (4, {"cross": {"w": 2}}),
+    "reuse": (8, {"reuse": 4}),
+    "heads": (8, {"heads": 4}),
+}
+# by key: another value of pruning methods and of metrics
+METHODS = {
+    "threshold": 0.3,
+    "target": 0.4,
+    "begin": 0.5,
+    "end": 3,
+    "period": 2,
+    "alpha": 0.25,
+    "threshold_init": -3,
+    "power": 1,
+    "granularity": "layer",
+    "alpha_reset_epoch": 7,
+    "backward_sparsity": 0.5,
+    "gain": 1,
+    "decay": 1e-3,
+    "budget": "global",
+    "final_temperature": 9,
+    "max_sparsity": 0.5,
+    "sparsity": {"Dense_0/.*": 0.5},
+    "epsilon": 0.3,
+    "temperature": 0.3,
+    "compat": "pquantml",
+}
+METRICS = {
+    "epsilon": 0.2,
+    "mode": "smooth",
+    "alpha": 3,
+    "of": "view",
+    "per": "layer",
+    "where": "Dense_0/.*",
+    "n": 2,
+    "m": 8,
+    "reuse": 8,
+    "precision": 18,
+    "bram_width": 72,
+    "unit": 100,
+    "num_patterns": 3,
+    "beta": 0.5,
+    "distance": "cosine",
+}
+NEEDED = {"group_sparsity": {"groups": "out"}, "dsp_sparsity": {"reuse": 4}, "bram_sparsity": {"reuse": 4, "precision": 9},
+          "nm_violation": {"n": 1, "m": 4}, "patterns": {"block": {"h": 1, "w": 2}}}  # fmt: skip
+
+
+def _methods_table() -> dict[str, tuple[Any, Any, list[str]]]:
+    """Every key of every pruning method and metric, from the sections themselves."""
+    table: dict[str, tuple[Any, Any, list[str]]] = {}
+    for name, section in _methods.SECTIONS.items():
+        setting = f"pruning={json.dumps({'method': name})}"
+        for key in section.model_fields.keys() & METHODS.keys():
+            table[f"pruning.{name}.{key}"] = (METHODS[key], _arguments, [setting])
+        table[f"pruning.{name}.where"] = ("Dense_0/kernel", _compression, [setting, *["pruning.target=0.5"] * (name == "ap")])
+        for key, (value, groups) in GROUPS.items() if "groups" in section.model_fields else ():
+            table[f"pruning.{name}.groups.{key}"] = (
+                value,
+                _arguments,
+                [f"pruning={json.dumps({'method': name, 'groups': groups})}"],
+            )
+    for name, section in _methods.MEASURES.items():
+        metric = {"name": name, **NEEDED.get(name, {})}
+        setting = f"constraints={json.dumps([{**SPARSITY, 'metric': metric}])}"
+        for key in section.model_fields.keys() & METRICS.keys():
+            table[f"constraints.metric.{name}.{key}"] = (METRICS[key], _arguments, [setting])
+        for key in ("h", "w") if name == "patterns" else ():
+            table[f"constraints.metric.patterns.block.{key}"] = (4, _arguments, [setting])
+        for key, (value, groups) in GROUPS.items() if "groups" in section.model_fields else ():
+            metric = {"name": name, "groups": groups}
+            setting = f"constraints={json.dumps([{**SPARSITY, 'metric': metric}])}"
+            table[f"constraints.metric.{name}.groups.{key}"] = (value, _arguments, [setting])
+    return table
+
+
 FIXED = {"method": "fixed"}
 RULE = {"where": "Dense_0/.*", "f": 4}
 FORMAT = {"i": 1, "f": 3, "k": 0, "rounding": "TRN", "overflow": "SAT", "granularity": "tensor"}
-RATES = {"start": 0.02, "end": 0.01, "schedule": "cosine"}
+HELD = f"constraints=[{json.dumps({**SPARSITY, 'metric': 'effect_net:single', 'target': 9})}]"
+RATES = '{"start": 0.02, "end": 0.01, "schedule": "cosine"}'
 
 # key: (another value, what it changes, the configuration it acts in)
 EFFECTS: dict[str, tuple[Any, Any, list[str]]] = {
@@ -174,23 +318,24 @@ EFFECTS: dict[str, tuple[Any, Any, list[str]]] = {
     "training.optimizer": ("sgd", _optimizer, []),
     **{f"training.{kind}.start": (0.5, _optimizer, [f"training.{kind}=0.1"]) for kind in
        ("learning_rate", "bits_learning_rate", "threshold_learning_rate")},
-    **{f"training.{kind}.end": (0.09, _optimizer, [f"training.{kind}={json.dumps(RATES)}"]) for kind in
+    **{f"training.{kind}.end": (0.09, _optimizer, [f"training.{kind}={RATES}"]) for kind in
        ("learning_rate", "bits_learning_rate", "threshold_learning_rate")},
-    **{f"training.{kind}.schedule": ("linear", _optimizer, [f"training.{kind}={json.dumps(RATES)}"]) for kind in
+    **{f"training.{kind}.schedule": ("linear", _optimizer, [f"training.{kind}={RATES}"]) for kind in
        ("learning_rate", "bits_learning_rate", "threshold_learning_rate")},
     "training.weight_decay": (0.5, _optimizer, ["training.optimizer=adamw"]),
     "training.init": ("start.npz", _model, []),
     "training.checkpoint_every": (7, _fit, []),
     "training.float_baseline": (False, _skipped, []),
-    "pruning.dst.alpha": (0.5, _compression, []),
-    "pruning.dst.threshold_init": (0.5, _compression, []),
-    "pruning.dst.max_sparsity": (0.5, _compression, []),
-    "pruning.dst.granularity": ("channel", _compression, []),
-    "pruning.dst.where": ("Dense_0/kernel", _compression, []),
-    "pruning.pdp.sparsity": (0.3, _compression, [f"pruning={json.dumps(PDP)}"]),
-    "pruning.pdp.epsilon": (0.3, _compression, [f"pruning={json.dumps(PDP)}"]),
-    "pruning.pdp.temperature": (0.3, _compression, [f"pruning={json.dumps(PDP)}"]),
-    "pruning.pdp.where": ("Dense_0/kernel", _compression, [f"pruning={json.dumps(PDP)}"]),
+    "training.multiplier_learning_rate.start": (0.5, _multiplier, [HELD]),
+    **{f"training.multiplier_learning_rate.{key}": (value, _multiplier, [HELD, f"training.multiplier_learning_rate={RATES}"])
+       for key, value in {"end": 0.005, "schedule": "linear"}.items()},
+    "training.pnorm_decay.p": (0.5, _optimizer, ["training.pnorm_decay={strength: 1}"]),
+    "training.pnorm_decay.strength": (0.5, _optimizer, ["training.pnorm_decay={strength: 1}"]),
+    **_methods_table(),
+    **{f"constraints.{key}": (value, _arguments, [f"constraints=[{json.dumps(SPARSITY)}]"]) for key, value in
+       {"kind": "==", "target": 0.7, "scale": 3, "damping": 3, "initial": 2, "prunes": False, "compat": "pquantml",
+        "rate": 1}.items()},
+    "constraints.metric.own.function": ("effect_net:double", _multiplier, [HELD]),
     "quantization.hgq.beta": (0.5, _compression, ["quantization.beta_end=0.1"]),
     "quantization.hgq.beta_end": (0.5, _compression, []),
     "quantization.hgq.gamma": (0.5, _compression, []),
@@ -219,7 +364,7 @@ def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     found = []
     for name, field in section.model_fields.items():
         inner = _sections(field.annotation)
-        if name == "method":
+        if name in TAGS and _tag(section):
             continue
         if not inner:
             found.append(prefix + name)
@@ -235,10 +380,11 @@ def test_the_table_of_effects_has_every_key():
 @pytest.mark.parametrize("key", EFFECTS)
 def test_every_key_changes_something(key, prepared, tmp_path, monkeypatch):
     value, effect, setting = EFFECTS[key]
-    parts = [p for p in key.split(".") if p not in ("dst", "pdp", "hgq", "fixed")]
-    path = ".".join(p + ".0" if p == "rules" else p for p in parts)
+    parts = key.split(".")
+    parts = [p for n, p in enumerate(parts) if (parts[0], n) not in (("pruning", 1), ("quantization", 1), ("constraints", 2))]
+    path = ".".join(p + ".0" if p in ("rules", "constraints") else p for p in parts)
     monkeypatch.chdir(tmp_path)
-    Path("effect_net.py").write_text("import flax.linen as nn\n\ndef build(outputs):\n    return nn.Dense(outputs)\n")
+    Path("effect_net.py").write_text(OWN)
     rng = np.random.default_rng(0)
     np.savez("test_data.npz", x=rng.normal(3, 2, (100, 16)), y=np.arange(100) % 5)
     np.savez("start.npz", **{n: np.ones_like(v) for n, v in _tree.flatten(prepared.inst.model.params).items()})
@@ -249,6 +395,7 @@ def test_every_key_changes_something(key, prepared, tmp_path, monkeypatch):
     for n, experiment in enumerate((before, after)):
         folder = tmp_path / f"try{n}"
         folder.mkdir()
-        seen.append(effect(experiment, prepared, monkeypatch=monkeypatch, tmp_path=folder))
+        with monkeypatch.context() as patch:
+            seen.append(effect(experiment, prepared, monkeypatch=patch, tmp_path=folder))
     strip = [str(s).replace("try0", "try").replace("try1", "try") for s in seen]
     assert strip[0] != strip[1]

@@ -1,9 +1,7 @@
 """An experiment as a YAML file: strict models, the only parser, and the values that the sections stand for."""
 
 from pquant_jax.config._build import (
-    compression,
     dataset,
-    format_of,
     input_spec,
     instrumented,
     loss,
@@ -14,12 +12,14 @@ from pquant_jax.config._build import (
     rate,
     weights_optimizer,
 )
+from pquant_jax.config._compress import compresses, compression, format_of
 from pquant_jax.config._load import dump, load, parse, read_yaml
 from pquant_jax.config._names import find_file, importing, named
 from pquant_jax.config._schema import Experiment, json_schema
 
 __all__ = [
     "Experiment",
+    "compresses",
     "compression",
     "dataset",
     "dump",

@@ -11,11 +11,11 @@ import numpy as np
 import optax
 
 import pquant_jax.data as datasets
-from pquant_jax import _tree, prune, quantize, train, transforms, zoo
-from pquant_jax._base import InputSpec, SiteSpec, Transform
+from pquant_jax import _tree, train, transforms, zoo
+from pquant_jax._base import InputSpec, Transform
 from pquant_jax._errors import ConfigError, DataError, did_you_mean
 from pquant_jax.config._names import named
-from pquant_jax.config._schema import DST, HGQ, PDP, Bits, Experiment, Fixed, Rate, Rule
+from pquant_jax.config._schema import Experiment, Rate
 from pquant_jax.graph import Instrumented, Model, as_model, from_linen, instrument
 
 LOSSES: Final[Mapping[str, Callable]] = {
@@ -101,81 +101,29 @@ def weights_optimizer(experiment: Experiment, steps: int) -> optax.GradientTrans
     return _plain(t.optimizer, rate(t.learning_rate, steps))
 
 
-def optimizer(experiment: Experiment, made: Transform, steps: int) -> optax.GradientTransformationExtraArgs:
-    """`pq.optimizer` with a rate of its own for bit-widths and thresholds where the configuration gives one."""
-    t = experiment.training
+def optimizer(experiment: Experiment, made: Transform | None, steps: int) -> optax.GradientTransformation:
+    """`pq.optimizer` with a rate of its own for bit-widths, thresholds and multipliers where the configuration gives one."""
+    t, weights = experiment.training, _sparsifying(experiment, steps)
+    if made is None:
+        return weights
     rates = {"bits": t.bits_learning_rate, "thresholds": t.threshold_learning_rate}
     # no weight decay on bits and thresholds: 0 bits or a threshold of 0 is not a neutral value
     others = {k: _plain(t.optimizer, rate(v or t.learning_rate, steps)) for k, v in rates.items()}
-    return transforms.optimizer(made, weights=weights_optimizer(experiment, steps), **others)
+    duals = optax.sgd(rate(t.multiplier_learning_rate, steps))
+    return transforms.optimizer(made, weights=weights, duals=duals, **others)
+
+
+def _sparsifying(experiment: Experiment, steps: int) -> optax.GradientTransformation:
+    """The weights' optimizer with what `training.pnorm_decay` adds, on kernels: a bias of 0 would stay 0."""
+    made, decay = weights_optimizer(experiment, steps), experiment.training.pnorm_decay
+    if decay is None:
+        return made
+    link = transforms.pnorm_decay(rate(experiment.training.learning_rate, steps), **decay.model_dump())
+    return optax.chain(made, optax.masked(link, lambda params: jax.tree.map(lambda w: _tree.is_kernel("", w), params)))
 
 
 def _plain(name: str, learning_rate: optax.Schedule) -> optax.GradientTransformation:
     return optax.sgd(learning_rate, momentum=0.9) if name == "sgd" else optax.adam(learning_rate)
-
-
-def compression(experiment: Experiment, inst: Instrumented) -> Transform | None:
-    """The chain of pruning and quantization in the configured order; None if there is neither."""
-    links = [_pruning(experiment.pruning, inst), _quantization(experiment.quantization, inst)]
-    if experiment.order == "quantize_then_prune":
-        links.reverse()
-    present = [t for t in links if t is not None]
-    return transforms.chain(*present) if present else None
-
-
-def _pruning(section: DST | PDP | None, inst: Instrumented) -> Transform | None:
-    if section is None:
-        return None
-    arguments = section.model_dump(exclude={"method", "where"})
-    made = prune.dst(**arguments, roles=inst.roles) if isinstance(section, DST) else prune.pdp(**arguments)
-    if section.where is None:
-        return made
-    where = section.where
-    chosen = _tree.select(inst.model.params, where)
-    if not any(_tree.is_kernel(path, leaf) for path, leaf in chosen.items()):
-        raise ConfigError(f"pruning.where is {where!r}, which matches no kernel, only {', '.join(sorted(chosen))}")
-    return transforms.masked(made, lambda path, leaf: _tree.is_kernel(path, leaf) and _tree.matches(where, path))
-
-
-def _quantization(section: HGQ | Fixed | None, inst: Instrumented) -> Transform | None:
-    if section is None:
-        return None
-    weights, activations = format_of(section.weights), format_of(section.activations)
-    rules = _rules(section, inst.sites)
-    if isinstance(section, Fixed):
-        return quantize.fixed(inst.sites, weights=weights, activations=activations, rules=rules)
-    hypers = section.model_dump(exclude={"method", "weights", "activations", "rules"})
-    return quantize.hgq(inst.sites, cost=inst.ebops, weights=weights, activations=activations, rules=rules, **hypers)
-
-
-def format_of(section: Bits) -> quantize.Format:
-    """The `pq.quantize.Format` of a `weights` or `activations` section."""
-    return quantize.Format(**section.model_dump())
-
-
-def _rules(section: HGQ | Fixed, sites: Mapping[str, SiteSpec]) -> list[tuple[_tree.Where, quantize.Format]]:
-    """Rules with what they leave out filled in: one for the weights that match and one for the activations."""
-    made: list[tuple[_tree.Where, quantize.Format]] = []
-    for n, rule in enumerate(section.rules):
-        matched = {name: spec for name, spec in sites.items() if _tree.matches(rule.where, name)}
-        if not matched:
-            raise ConfigError(
-                f"quantization.rules.{n}.where is {rule.where!r}, which matches no site; {did_you_mean(rule.where, sites)}"
-            )
-        for base, is_input in ((section.weights, False), (section.activations, True)):
-            names = frozenset(name for name, spec in matched.items() if (spec.kind == "input") == is_input)
-            if names:
-                made.append((_one_of(names), _changed(base, rule)))
-    return made
-
-
-def _one_of(names: frozenset[str]) -> Callable[[str, Any], bool]:
-    return lambda name, _: name in names
-
-
-def _changed(base: Bits, rule: Rule) -> quantize.Format:
-    given = {key: value for key, value in rule.model_dump(exclude={"where"}).items() if value is not None}
-    return quantize.Format(**{**base.model_dump(), **given})
 
 
 def model(experiment: Experiment, x: Any, outputs: int | None, *, trained: bool = True) -> Model:

@@ -6,7 +6,7 @@ import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -16,6 +16,7 @@ from pquant_jax.config._names import find_file
 from pquant_jax.config._schema import SHORT, Experiment
 
 Loc = tuple[str | int, ...]
+TAGS: Final = {"method", "name"}
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -113,8 +114,9 @@ def _set(tree: Any, keys: Sequence[str], value: Any, path: str) -> Any:
     """`tree` with the value at `keys` replaced; short forms on the way are spelled out, missing sections made."""
     if not keys:
         return value
-    if path in SHORT and not isinstance(tree, dict) and tree is not None:
-        tree = SHORT[path](tree)
+    section = re.sub(r"\.\d+", "", path)
+    if section in SHORT and not isinstance(tree, dict) and tree is not None:
+        tree = SHORT[section](tree)
     if isinstance(tree, list) and keys[0].isdigit() and int(keys[0]) < len(tree):
         n, inside = int(keys[0]), f"{path}.{keys[0]}"
         return [_set(v, keys[1:], value, inside) if j == n else v for j, v in enumerate(tree)]
@@ -134,10 +136,12 @@ def _message(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         return f"unknown key {path!r}; {_suggest(loc)}{rest}"
     if first["type"] == "union_tag_not_found":
-        return f"{path}.method is missing, expected {_tags(loc)}{rest}"
+        return f"{path}.{_discriminator(first)} is missing, expected {_tags(loc)}{rest}"
     if first["type"] == "union_tag_invalid":
         tag = first.get("ctx", {})["tag"]
-        return f"{path}.method: received {tag!r}, expected {_tags(loc)}{rest}"
+        hint = did_you_mean(str(tag), _known(loc))
+        hint = f"; {hint}" if hint.startswith("did") else ""  # the others stand there already
+        return f"{path}.{_discriminator(first)}: received {tag!r}, expected {_tags(loc)}{hint}{rest}"
     if first["type"] == "missing":
         return f"{path} is missing{rest}"
     return f"{path}: received {_shown(first['input'])}, expected {_expected(first)}{rest}"
@@ -180,13 +184,26 @@ def _sections(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _tag(section: type[BaseModel]) -> str | None:
-    field = section.model_fields.get("method")
-    return None if field is None else str(field.default)
+    """The one value of the key that says which of several sections this is."""
+    for name in TAGS & section.model_fields.keys():
+        values = typing.get_args(section.model_fields[name].annotation)
+        if len(values) == 1:
+            return str(values[0])
+    return None
+
+
+def _discriminator(error: Mapping[str, Any]) -> str:
+    return str(error["ctx"]["discriminator"]).strip("'")
+
+
+def _known(loc: Loc) -> list[str]:
+    _, sections = _walk((*loc, ""))
+    return [str(_tag(s)) for s in sections]
 
 
 def _tags(loc: Loc) -> str:
-    _, sections = _walk((*loc, ""))
-    return " or ".join(repr(_tag(s)) for s in sections)
+    *others, last = map(repr, _known(loc))
+    return f"{', '.join(others)} or {last}"
 
 
 def _walk(loc: Loc) -> tuple[list[str | int], list[type[BaseModel]]]:
@@ -214,11 +231,13 @@ def _without_tags(loc: Loc) -> list[str | int]:
 def _suggest(loc: Loc) -> str:
     """Where the key belongs if it exists elsewhere, else the nearest names beside it."""
     keys, sections = _walk(loc)
-    name, own = keys[-1], ".".join(map(str, keys))
+    name, own = keys[-1], ".".join(k for k in keys if isinstance(k, str))
     elsewhere = list(dict.fromkeys(p for p in _paths(Experiment, "") if p.rpartition(".")[2] == name))
     if own in elsewhere:
-        methods = [repr(_tag(s)) for s in _walk(tuple(keys))[1] if name in s.model_fields]
-        return f"it belongs to method {' or '.join(methods)}, this is {' or '.join(repr(_tag(s)) for s in sections)}"
+        methods = [s for s in _walk(tuple(keys))[1] if name in s.model_fields]
+        kind = "method" if "method" in methods[0].model_fields else "metric"
+        owners, this = (" or ".join(repr(_tag(s)) for s in found) for found in (methods, sections))
+        return f"it belongs to {kind} {owners}, this is {this}"
     if elsewhere:
         return f"did you mean {' or '.join(map(repr, elsewhere))}?"
     return did_you_mean(str(name), {n for section in sections for n in section.model_fields})

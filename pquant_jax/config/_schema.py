@@ -6,12 +6,13 @@ schema (`pquant-jax schema`).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
+from pquant_jax.config._fields import AtLeastOne, Count, Float, NotNegative, Positive, Section, Sign, Where, number, short, whole
+from pquant_jax.config._methods import Constraint, Pruning, metric_section
 from pquant_jax.quantize import Format
 
 ROUNDINGS = Literal["TRN", "RND", "RND_CONV", "TRN_ZERO", "RND_ZERO", "RND_MIN_INF", "RND_INF"]
@@ -26,41 +27,6 @@ FORMATS: Final[Mapping[str, Mapping[str, Format]]] = {
     "fixed": {"weights": Format(i=0, f=7, k=1), "activations": Format(i=2, f=5)},
 }
 """What `weights` and `activations` of a quantizer are where the configuration leaves a field out."""
-
-
-def _number(value: Any) -> Any:
-    """A number that YAML 1.1 took for a text, such as 1e-5; a bool is none."""
-    if isinstance(value, bool):
-        raise ValueError("a number")
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            raise ValueError("a number") from None
-    return value
-
-
-def _whole(value: Any) -> Any:
-    try:
-        number = _number(value)
-    except ValueError:
-        raise ValueError("a whole number") from None
-    if not isinstance(number, (int, float)) or number != number or number in (float("inf"), -float("inf")) or number % 1:
-        raise ValueError("a whole number")
-    return int(number)
-
-
-def _pattern(value: Any) -> Any:
-    try:
-        re.compile(value)
-    except (re.error, TypeError):
-        raise ValueError("a path such as 'Dense_0/kernel' or a regular expression") from None
-    return value
-
-
-def _short(expand: Callable[[Any], Any], also: Any) -> BeforeValidator:
-    """Accept the short form of a section; `also` is its type, for the JSON schema."""
-    return BeforeValidator(lambda v: v if isinstance(v, (dict, BaseModel)) else expand(v), json_schema_input_type=also)
 
 
 def _section(key: str) -> Callable[[Any], Any]:
@@ -78,24 +44,15 @@ SHORT: Final[Mapping[str, Callable[[Any], Any]]] = {
     "training.learning_rate": _section("start"),
     "training.bits_learning_rate": _section("start"),
     "training.threshold_learning_rate": _section("start"),
+    "training.multiplier_learning_rate": _section("start"),
+    "pruning.groups": _section("name"),
+    "constraints.metric": metric_section,
+    "constraints.metric.groups": _section("name"),
 }
 """The sections that may be written as one value, and what it stands for."""
 
-Float = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_number)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_number)]
-Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(_number)]
-Count = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
-AtLeastOne = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
-Sign = Annotated[int, Field(ge=0, le=1), BeforeValidator(_whole)]
-Where = Annotated[str, BeforeValidator(_pattern)]
 
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class Model(_Section):
+class Model(Section):
     """What is trained.  Short form: the name alone."""
 
     build: str = "mlp"
@@ -108,7 +65,7 @@ class Model(_Section):
     """A value that several layers read has one quantize site; where a rule matches the site's name each use gets its own."""
 
 
-class Data(_Section):
+class Data(Section):
     """What it is trained on.  Short form: the source alone."""
 
     source: str = "jets"
@@ -120,14 +77,14 @@ class Data(_Section):
     """x <- (x - mean) / std per column, for files and functions; the jets always are."""
 
 
-class Input(_Section):
+class Input(Section):
     """The input port, fixed<k+i+f, k+i>; data are rounded and saturated to it before they enter."""
 
     k: Sign = 1
     """Sign bit, 0 or 1."""
-    i: Annotated[int, Field(ge=-16, le=16), BeforeValidator(_whole)] = 5
+    i: Annotated[int, Field(ge=-16, le=16), BeforeValidator(whole)] = 5
     """Integer bits without the sign."""
-    f: Annotated[int, Field(ge=-16, le=24), BeforeValidator(_whole)] = 10
+    f: Annotated[int, Field(ge=-16, le=24), BeforeValidator(whole)] = 10
     """Fractional bits."""
 
     @model_validator(mode="after")
@@ -137,7 +94,7 @@ class Input(_Section):
         return self
 
 
-class Epochs(_Section):
+class Epochs(Section):
     """How long each stage is.  Short form: one number, which trains without pre-training and fine-tuning."""
 
     pretrain: Count = 10
@@ -148,7 +105,7 @@ class Epochs(_Section):
     """Epochs with masks (and bit-widths, unless quantization.freeze is false) held still."""
 
 
-class Rate(_Section):
+class Rate(Section):
     """A learning rate over all optimizer steps of all stages.  Short form: one number, a constant rate."""
 
     start: Positive
@@ -164,14 +121,23 @@ class Rate(_Section):
         return self
 
 
-Schedule = Annotated[Rate, _short(_section("start"), Rate | float)]
-OwnSchedule = Annotated[Rate | None, _short(lambda v: v if v is None else {"start": v}, Rate | float | None)]
+Schedule = Annotated[Rate, short(_section("start"), Rate | float)]
+OwnSchedule = Annotated[Rate | None, short(lambda v: v if v is None else {"start": v}, Rate | float | None)]
 
 
-class Training(_Section):
+class PNorm(Section):
+    """Decay of the kernels towards small |w|^p behind any optimizer; the float baseline is trained without."""
+
+    p: Annotated[float, Field(gt=0, le=2, allow_inf_nan=False), BeforeValidator(number)] = 1.0
+    """Of the norm; below 2 small weights vanish, 2 is ordinary decay."""
+    strength: NotNegative = 1e-2
+    """Larger prunes more."""
+
+
+class Training(Section):
     """The plan: pretrain -> rounds x train -> finetune, and how a step is made."""
 
-    epochs: Annotated[Epochs, _short(_only_training, Epochs | int)] = Epochs()
+    epochs: Annotated[Epochs, short(_only_training, Epochs | int)] = Epochs()
     rounds: AtLeastOne = 1
     """How often the training stage is repeated."""
     rewind: Literal["never", "every-round", "post-training-stage"] = "never"
@@ -186,8 +152,11 @@ class Training(_Section):
     """Of the trained bit-widths; null: as the weights'."""
     threshold_learning_rate: OwnSchedule = None
     """Of the pruning thresholds; null: as the weights'."""
+    multiplier_learning_rate: Schedule = Rate(start=1e-2)
+    """Of the constraints' multipliers, which ascend by plain gradient."""
     weight_decay: NotNegative = 0.0
     """Decoupled, of the weights only; for adamw."""
+    pnorm_decay: PNorm | None = None
     init: str | None = None
     """Start from trained parameters: an .npz with one array per parameter path, or a run's final.npz or float.npz."""
     checkpoint_every: Count = 0
@@ -202,41 +171,11 @@ class Training(_Section):
         return self
 
 
-class DST(_Section):
-    """Dynamic sparse training: thresholds learned with the weights."""
-
-    method: Literal["dst"] = "dst"
-    alpha: NotNegative = 5e-6
-    """Weight of sum(exp(-T)) in the loss; larger prunes more."""
-    threshold_init: Float = 0.0
-    """Starting threshold, in units of the weights."""
-    max_sparsity: Fraction = 0.99
-    """A layer that reaches it gets its thresholds reset."""
-    granularity: Literal["weight", "channel", "layer"] = "weight"
-    """One threshold per weight, output channel or layer."""
-    where: Where | None = None
-    """Only the kernels at this path or regular expression."""
-
-
-class PDP(_Section):
-    """Parameter-free differentiable pruning to a given sparsity."""
-
-    method: Literal["pdp"] = "pdp"
-    sparsity: Fraction = 0.8
-    """Final zeros / total of every kernel."""
-    epsilon: Positive = 0.015
-    """Ramp: fraction of the target added per epoch."""
-    temperature: Positive = 1e-5
-    """Softness of the mask, in units of squared weights."""
-    where: Where | None = None
-    """Only the kernels at this path or regular expression."""
-
-
 def _nothing_required(schema: dict[str, Any]) -> None:
     schema.pop("required", None)
 
 
-class Bits(_Section):
+class Bits(Section):
     """How one kind of site is quantized; what is left out comes from the method's default."""
 
     model_config = ConfigDict(json_schema_extra=_nothing_required)
@@ -253,7 +192,7 @@ class Bits(_Section):
     """One format per element, output channel or tensor."""
 
 
-class Rule(_Section):
+class Rule(Section):
     """Another format for the sites it matches; what is left out comes from the section `weights` or `activations`."""
 
     where: Where
@@ -276,7 +215,7 @@ def _default(method: str, kind: str) -> Bits:
     return Bits(**vars(FORMATS[method][kind]))
 
 
-class HGQ(_Section):
+class HGQ(Section):
     """Bit-widths trained by gradient, per element, under the pressure of beta x EBOPs."""
 
     method: Literal["hgq"] = "hgq"
@@ -305,7 +244,7 @@ class HGQ(_Section):
         return self
 
 
-class Fixed(_Section):
+class Fixed(Section):
     """The same formats throughout, as ap_fixed."""
 
     method: Literal["fixed"] = "fixed"
@@ -317,7 +256,7 @@ class Fixed(_Section):
     """Exceptions, the first match wins."""
 
 
-class Hardware(_Section):
+class Hardware(Section):
     """What is made of the trained model.  Needs a quantizer."""
 
     lower: bool = True
@@ -334,17 +273,17 @@ class Hardware(_Section):
     """How many inputs are compared: the test set and random codes of the whole port."""
 
 
-class Experiment(_Section):
+class Experiment(Section):
     """One experiment.  Everything has a default; what the run used in the end is in its config.yaml."""
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Of the run directory: letters, digits, '.', '_', '-'.  Default: the file's name."""
-    seed: Annotated[int, Field(ge=0, lt=2**31), BeforeValidator(_whole)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31), BeforeValidator(whole)] = 0
     """Of initial parameters, shuffling, dropout and random test vectors."""
     folders: list[str] = []
     """Where own modules and files are looked for besides the current directory; the configuration's folder is added."""
-    model: Annotated[Model, _short(_section("build"), Model | str)] = Model()
-    data: Annotated[Data, _short(_section("source"), Data | str)] = Data()
+    model: Annotated[Model, short(_section("build"), Model | str)] = Model()
+    data: Annotated[Data, short(_section("source"), Data | str)] = Data()
     task: Literal["classification", "regression"] = "classification"
     loss: str | None = None
     """cross_entropy, squared_error, absolute_error, or 'package.module:function' of (prediction, target) -> one value per
@@ -353,7 +292,9 @@ class Experiment(_Section):
     """accuracy, mse, mae, or 'package.module:name' of a `pq.Metric`.  Default: accuracy, or mse for regression."""
     input: Input = Input()
     training: Training = Training()
-    pruning: Annotated[DST | PDP, Field(discriminator="method")] | None = None
+    pruning: Pruning | None = None
+    constraints: list[Constraint] = []
+    """What training holds to a target besides."""
     quantization: Annotated[HGQ | Fixed, Field(discriminator="method")] | None = None
     order: Literal["prune_then_quantize", "quantize_then_prune"] = "prune_then_quantize"
     """Which of the two sees the other's result."""

@@ -153,6 +153,13 @@ def shades(n: int, lightest: float = 0.18) -> Colormap:
     return ListedColormap([blues(lightest + (1 - lightest) * j / max(n - 1, 1)) for j in range(max(n, 1))])
 
 
+def diverging() -> Colormap:
+    """Vermilion below 0, white at 0, blue above: told apart with every kind of colour blindness."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("pquant_jax", [VERMILION, "#FFFFFF", BLUE])
+
+
 def bare(axes: Axes) -> None:
     """Take the grid, the frame and the tick marks away: for heat maps."""
     axes.grid(False)

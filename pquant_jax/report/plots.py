@@ -7,6 +7,7 @@ from typing import Any
 
 from pquant_jax.report._bits import bit_widths, kernel_bits, out_of_range, ranges
 from pquant_jax.report._curves import confusion, history, regression, roc, roc_curve
+from pquant_jax.report._patterns import pattern_histogram, pattern_kernels
 from pquant_jax.report._types import Profile
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "history",
     "kernel_bits",
     "out_of_range",
+    "pattern_histogram",
+    "pattern_kernels",
     "ranges",
     "regression",
     "roc",

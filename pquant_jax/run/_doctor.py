@@ -7,7 +7,7 @@ import sys
 from importlib import metadata
 from typing import Final, NamedTuple
 
-from pquant_jax.config import Experiment
+from pquant_jax.config import Experiment, compresses
 
 
 class Check(NamedTuple):
@@ -72,7 +72,7 @@ def skips(experiment: Experiment) -> dict[str, str]:
             missing.setdefault(check.step, []).append(f"{check.name} is missing ({check.fix})")
     if not experiment.training.float_baseline:
         made["float"] = "training.float_baseline is false"
-    elif experiment.pruning is None and experiment.quantization is None:
+    elif not compresses(experiment):
         made["float"] = "nothing is compressed, so that the model itself is the float one"
     if experiment.quantization is None:
         made["lower"] = "no quantization: a netlist needs a fixed-point format at every site"

@@ -23,10 +23,7 @@ def fit_float(prepared: Prepared, folder: Path, log: Log, *, resume: bool) -> tr
 def fit_compressed(prepared: Prepared, folder: Path, log: Log, *, resume: bool) -> train.Result:
     """Train through the stages of the plan; best validation epoch of the last stage, ranges calibrated."""
     experiment, compression = prepared.experiment, prepared.compression
-    if compression is None:
-        tx = config.weights_optimizer(experiment, prepared.steps)
-    else:
-        tx = config.optimizer(experiment, compression, prepared.steps)
+    tx = config.optimizer(experiment, compression, prepared.steps)
     return _fit(prepared, folder, log, "model", resume=resume, plan=prepared.plan, compression=compression, optimizer=tx)
 
 

@@ -159,6 +159,7 @@ def test_the_report_counts_kernels_and_memory():
         "conv/kernel": {
             "patterns": [(1, 0, 0, 1), (0, 1, 1, 0)],
             "kernels": [3, 2],
+            "counts": [3, 1, 1],
             "covered": 0.8,
             "table_bits": 8,
             "index_bits": 5,

@@ -240,3 +240,35 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch, metrics):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ToolError, match=r"pip install 'pquant-jax\[plots\]'"):
         plots.history(metrics)
+
+
+PACA = {"patterns": [(1, 0, 0, 1), (0, 1, 1, 0)], "kernels": [3, 2], "counts": [3, 1, 1], "covered": 0.8, "table_bits": 8,
+        "index_bits": 5, "mask_bits": 20}  # fmt: skip
+
+
+def filled(svg: str, colour: str) -> int:
+    return len([node for node in parsed(svg).iter(SVG + "path") if f"fill: {colour.lower()}" in node.get("style", "").lower()])
+
+
+def test_patterns_the_dominant_ones_are_marked_and_drawn():
+    """Two blue bars and four blue cells; a grey bar."""
+    svg = plots.pattern_histogram(PACA, shape=(2, 2), name=HOSTILE)
+    assert filled(svg, "#0072B2") == 2 + 4 and filled(svg, "#9AA5B1") == 1
+    shown = " ".join(texts(svg))
+    assert "2 of 3 patterns cover 80% of the kernels" in shown and "13 bits for patterns and numbers, 20 for a mask" in shown
+    many = {**PACA, "counts": [3, *[1] * 200]}
+    assert "all others" in texts(plots.pattern_histogram(many))
+    with pytest.raises(DataError, match=r"shape is \(3, 3\), expected one of 4 places"):
+        plots.pattern_histogram(PACA, shape=(3, 3))
+
+
+def test_kernels_before_and_after_the_projection():
+    before = np.array([[[1.0, 0.5], [0.0, -2.0]], [[0.0, 1.0], [1.0, 0.0]]])
+    after = before * np.array([[1, 0], [0, 1]])
+    svg = plots.pattern_kernels(before, after, name="a/kernel")
+    assert "a/kernel: after; 0% of all kernels keep their zeros" in texts(svg)
+    assert svg == plots.pattern_kernels(before, after, name="a/kernel")
+    assert plots.pattern_kernels(before[:1] * 0, before[:1] * 0), "no weight at all has no scale of its own"
+    for other in (after[0], after[:1], after[:0]):
+        with pytest.raises(DataError, match=r"expected \(n, rows, columns\) twice"):
+            plots.pattern_kernels(before[:0] if not other.size else before, other)

@@ -1,0 +1,158 @@
+"""What `pruning`, `constraints` and `quantization` stand for: one chain of transforms."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pquant_jax import _tree, constrain, quantize, transforms
+from pquant_jax._base import SiteSpec, Transform
+from pquant_jax._errors import ConfigError, did_you_mean
+from pquant_jax.config._methods import METHODS, METRICS, Block, Constraint, Groups, Section, arguments_of
+from pquant_jax.config._names import named
+from pquant_jax.config._schema import HGQ, Bits, Experiment, Fixed, Rule
+from pquant_jax.graph import Instrumented
+
+Masks = Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
+def compresses(experiment: Experiment) -> bool:
+    """Is the trained model another one than the float baseline's?"""
+    sections = (experiment.pruning, experiment.constraints, experiment.quantization, experiment.training.pnorm_decay)
+    return any(sections)
+
+
+def compression(experiment: Experiment, inst: Instrumented) -> Transform | None:
+    """The chain of pruning, constraints and quantization in the configured order; None if there is nothing of it."""
+    held = [_constraint(f"constraints.{n}", section, experiment, inst) for n, section in enumerate(experiment.constraints)]
+    held = [transforms.named(t, f"mdmm_{n}") if n > 1 else t for n, t in enumerate(held, 1)]
+    first = [t for t in (_pruning(experiment, inst), *held) if t is not None]
+    last = _quantization(experiment.quantization, inst)
+    links = [*first, *([last] if last is not None else [])]
+    if experiment.order == "quantize_then_prune":
+        links = [*links[len(first) :], *first]
+    return transforms.chain(*links) if links else None
+
+
+def _pruning(experiment: Experiment, inst: Instrumented) -> Transform | None:
+    section = experiment.pruning
+    if section is None:
+        return None
+    made = _called(METHODS[section.method], section, roles=inst.roles, seed=experiment.seed)
+    if section.where is None:
+        return made
+    where = section.where
+    _check_where("pruning.where", where, inst)
+    return transforms.masked(made, lambda path, leaf: _tree.is_kernel(path, leaf) and _tree.matches(where, path))
+
+
+def _called(factory: Callable, section: Section, **offered: Any) -> Any:
+    """`factory` with the keys of its section, and those of `offered` that it takes."""
+    arguments = {name: getattr(section, name) for name in arguments_of(factory) if name != "where"}
+    taken = inspect.signature(factory).parameters
+    arguments |= {name: value for name, value in offered.items() if name in taken}
+    return factory(**{name: _value(v) for name, v in arguments.items()})
+
+
+def _value(given: Any) -> Any:
+    if isinstance(given, Groups):
+        return groups_of(given)
+    return (given.h, given.w) if isinstance(given, Block) else given
+
+
+def groups_of(section: Groups) -> transforms.Groups:
+    """The value that a `groups` section stands for."""
+    name, value = next((name, value) for name, value in section if value is not None)
+    if name == "name":
+        return value
+    made = {"nm": transforms.NM, "block": transforms.Block, "cross": transforms.Cross}.get(name)
+    if made is not None:
+        return made(**value.model_dump())
+    return transforms.Reuse(value) if name == "reuse" else transforms.Heads(value)
+
+
+def _check_where(key: str, where: str, inst: Instrumented) -> None:
+    chosen = _tree.select(inst.model.params, where)
+    if not any(_tree.is_kernel(path, leaf) for path, leaf in chosen.items()):
+        raise ConfigError(f"{key} is {where!r}, which matches no kernel, only {', '.join(sorted(chosen))}")
+
+
+def _constraint(key: str, section: Constraint, experiment: Experiment, inst: Instrumented) -> Transform:
+    metric, absent = _metric(key, section, experiment, inst)
+    prunes = absent if section.prunes is True else section.prunes or None
+    fields = section.model_dump(include={"kind", "target", "scale", "damping", "initial", "compat", "rate"})
+    return constrain.mdmm(metric, prunes=prunes, **fields)
+
+
+def _metric(key: str, section: Constraint, experiment: Experiment, inst: Instrumented) -> tuple[Any, Masks | None]:
+    """The metric, and the masks of what it counts as absent; None where it is not about weights."""
+    chosen = section.metric
+    if chosen.name == "own":
+        return named(chosen.function, f"{key}.metric"), None
+    factory = METRICS[chosen.name]
+    if chosen.name == "ebops":
+        if experiment.quantization is None:
+            raise ConfigError(f"{key}.metric is 'ebops', which needs bit-widths: give a quantization section")
+        return factory(inst.ebops, unit=chosen.unit or inst.reference8), None
+    if chosen.where is not None:
+        _check_where(f"{key}.metric.where", chosen.where, inst)
+    rules = {} if chosen.where is None else {"where": chosen.where}
+    made = _called(factory, chosen, roles=inst.roles, **rules)
+    if isinstance(made, constrain.Patterns):
+        return made.metric, made.masks
+    masks = constrain.metrics.group_masks(_absent(chosen), epsilon=chosen.epsilon, roles=inst.roles)
+    return made, lambda kernels: masks({p: w for p, w in kernels.items() if not rules or _tree.matches(chosen.where, p, w)})
+
+
+def _absent(metric: Any) -> transforms.Groups:
+    """The groups that the metric counts."""
+    if metric.name == "group_sparsity":
+        return groups_of(metric.groups)
+    if metric.name == "dsp_sparsity":
+        return transforms.Reuse(metric.reuse)
+    if metric.name == "bram_sparsity":
+        together = constrain.metrics.bram_group(precision=metric.precision, bram_width=metric.bram_width)
+        return transforms.Reuse(metric.reuse * together)
+    return "weight"
+
+
+def _quantization(section: HGQ | Fixed | None, inst: Instrumented) -> Transform | None:
+    if section is None:
+        return None
+    weights, activations = format_of(section.weights), format_of(section.activations)
+    rules = _rules(section, inst.sites)
+    if isinstance(section, Fixed):
+        return quantize.fixed(inst.sites, weights=weights, activations=activations, rules=rules)
+    hypers = section.model_dump(exclude={"method", "weights", "activations", "rules"})
+    return quantize.hgq(inst.sites, cost=inst.ebops, weights=weights, activations=activations, rules=rules, **hypers)
+
+
+def format_of(section: Bits) -> quantize.Format:
+    """The `pq.quantize.Format` of a `weights` or `activations` section."""
+    return quantize.Format(**section.model_dump())
+
+
+def _rules(section: HGQ | Fixed, sites: Mapping[str, SiteSpec]) -> list[tuple[_tree.Where, quantize.Format]]:
+    """Rules with what they leave out filled in: one for the weights that match and one for the activations."""
+    made: list[tuple[_tree.Where, quantize.Format]] = []
+    for n, rule in enumerate(section.rules):
+        matched = {name: spec for name, spec in sites.items() if _tree.matches(rule.where, name)}
+        if not matched:
+            raise ConfigError(
+                f"quantization.rules.{n}.where is {rule.where!r}, which matches no site; {did_you_mean(rule.where, sites)}"
+            )
+        for base, is_input in ((section.weights, False), (section.activations, True)):
+            names = frozenset(name for name, spec in matched.items() if (spec.kind == "input") == is_input)
+            if names:
+                made.append((_one_of(names), _changed(base, rule)))
+    return made
+
+
+def _one_of(names: frozenset[str]) -> Callable[[str, Any], bool]:
+    return lambda name, _: name in names
+
+
+def _changed(base: Bits, rule: Rule) -> quantize.Format:
+    given = {key: value for key, value in rule.model_dump(exclude={"where"}).items() if value is not None}
+    return quantize.Format(**{**base.model_dump(), **given})

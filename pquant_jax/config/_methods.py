@@ -1,0 +1,238 @@
+"""The sections of pruning methods and constraints: a key is an argument of the method's factory, its default the factory's.
+
+Nothing is written down twice: a method that `METHODS` or `METRICS` lists has a section, made of its signature and of
+`KEYS`, which says once what an argument of some name is.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple, Self
+
+from pydantic import BeforeValidator, Field, create_model, model_validator
+
+from pquant_jax import constrain, prune
+from pquant_jax.config._fields import AtLeastOne, Float, Fraction, NotNegative, Positive, Section, Where, number, short
+
+metrics = constrain.metrics
+_PRUNING = (prune.ap, prune.autosparse, prune.cs, prune.dst, prune.magnitude, prune.pdp, prune.random, prune.wanda)
+_METRICS = (
+    metrics.sparsity, metrics.group_sparsity, metrics.dsp_sparsity, metrics.bram_sparsity, metrics.nm_violation,
+    metrics.ebops, constrain.patterns,
+)  # fmt: skip
+METHODS: Final[Mapping[str, Callable]] = {factory.__name__: factory for factory in _PRUNING}
+METRICS: Final[Mapping[str, Callable]] = {factory.__name__: factory for factory in _METRICS}
+FILLED: Final = ("roles", "cost", "seed")  # arguments that the model or the experiment gives
+
+
+class NM(Section):
+    """Of every m weights in a row along the input, the n largest stay."""
+
+    n: AtLeastOne
+    m: AtLeastOne
+
+
+class Block(Section):
+    """Blocks of h inputs by w outputs."""
+
+    h: AtLeastOne
+    w: AtLeastOne
+
+
+class Cross(Section):
+    """Tiles of h inputs by w outputs (null: all); a weight lives where both its row and its column of the tile do."""
+
+    h: AtLeastOne | None = None
+    w: AtLeastOne | None = None
+
+
+class Groups(Section):
+    """Which weights live and die together, one of these.  Short form: the name alone."""
+
+    name: Literal["weight", "row", "in", "out", "filter", "head", "layer"] | None = None
+    """Weights; weights, as many in every output channel; input or output channels; filters; heads; whole layers."""
+    nm: NM | None = None
+    block: Block | None = None
+    cross: Cross | None = None
+    reuse: AtLeastOne | None = None
+    """The weights that one multiplier of hls4ml works off with this reuse factor."""
+    heads: AtLeastOne | None = None
+    """Output channels in so many equal parts."""
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        given = [name for name, value in self if value is not None]
+        if len(given) != 1:
+            raise ValueError(f"one of {', '.join(type(self).model_fields)}, got {' and '.join(given) or 'none'}")
+        return self
+
+
+def _targets(value: Any) -> Any:
+    """A fraction, or one per rule."""
+    rules = value if isinstance(value, dict) else {".*": value}
+    try:
+        made = {str(where): float(number(v)) for where, v in rules.items()}
+    except (TypeError, ValueError):
+        made = {}
+    if not made or not all(0 <= v <= 1 for v in made.values()):
+        raise ValueError("a fraction, 0 to 1, or one for each rule, such as {Dense_0/.*: 0.5, .*: 0.9}")
+    return made if isinstance(value, dict) else made[".*"]
+
+
+def _prunes(value: Any) -> Any:
+    """A switch, or a size above 0."""
+    if isinstance(value, bool):
+        return value
+    try:
+        size = float(number(value))
+    except (TypeError, ValueError):
+        size = 0.0
+    if not 0 < size < float("inf"):
+        raise ValueError("true, false or the size up to which weights are pruned, above 0")
+    return size
+
+
+Grouped = Annotated[Groups, short(lambda v: {"name": v}, Groups | str)]
+Targets = Annotated[float | dict[str, float], BeforeValidator(_targets)]
+
+
+class Key(NamedTuple):
+    """What a key is: its type, its description, and its default where the factory has none."""
+
+    kind: Any
+    text: str
+    default: Any = ...
+
+
+KEYS: Final[Mapping[str, Key]] = {
+    # of pruning methods
+    "sparsity": Key(Targets, "Zeros / total of every kernel, or one for each rule: {Dense_0/.*: 0.5, .*: 0.9}.", 0.8),
+    "groups": Key(Grouped, "What is pruned together."),
+    "budget": Key(
+        Literal["layer", "global", "fisher"],
+        "Every layer its own target, or one threshold for all of them: on the scores, or on what a weight's absence costs.",
+    ),
+    "begin": Key(NotNegative, "When the target begins to rise, a fraction of the training stage's epochs."),
+    "end": Key(Positive, "When it is reached, a fraction of the training stage's epochs."),
+    "power": Key(Positive, "Of the ramp 1 - (1 - t)^power; 1 is a straight line."),
+    "wanda.begin": Key(NotNegative, "First epoch of the training stage whose activations count."),
+    "wanda.end": Key(Positive, "Epoch of the training stage before which the mask is made, once."),
+    "ap.begin": Key(NotNegative, "First epoch of the training stage whose activations count."),
+    "period": Key(Positive, "Epochs between two masks."),
+    "threshold": Key(Fraction, "Channels above 0 in at most this fraction of samples go; either this or target."),
+    "target": Key(Fraction, "Zeros / total over all kernels, reached exactly; null: as much as the strength prunes."),
+    "ap.target": Key(Fraction, "Fraction of every kernel's output channels that go, the least active; or threshold."),
+    "gain": Key(Positive, "Of the controller that reaches the target, per epoch."),
+    "pdp.epsilon": Key(Positive, "Ramp: fraction of the target added per epoch."),
+    "temperature": Key(Positive, "Softness of the mask, in units of squared weights."),
+    "dst.alpha": Key(NotNegative, "Weight of sum(exp(-T)) in the loss; larger prunes more.", 5e-6),
+    "autosparse.alpha": Key(Fraction, "Gradient of a weight below its threshold in the first epoch; it decays."),
+    "alpha_reset_epoch": Key(NotNegative, "From this epoch of the training stage on alpha is 0."),
+    "backward_sparsity": Key(Fraction, "Fraction of a kernel's weights, furthest below the threshold, without gradient."),
+    "threshold_init": Key(Float, "Starting threshold, in units of the weights."),
+    "autosparse.threshold_init": Key(Float, "Starting T; the threshold is sigmoid(T), in units of the weights."),
+    "cs.threshold_init": Key(Float, "Starting s of the mask sigmoid(beta s); lower prunes more."),
+    "max_sparsity": Key(Fraction, "A layer that reaches it gets its thresholds reset."),
+    "granularity": Key(Literal["weight", "channel", "layer"], "One threshold per weight, output channel or layer."),
+    "decay": Key(NotNegative, "Weight of the sum of the masks in the loss; larger prunes more."),
+    "final_temperature": Key(Positive, "beta in the last epoch of a round; it rises from 1."),
+    "compat": Key(Literal["pquantml"], "Do as PQuantML does where that differs, to compare with it."),
+    # of metrics
+    "epsilon": Key(NotNegative, "A weight, or the norm of a group, of at most this counts as absent."),
+    "mode": Key(Literal["coarse", "smooth"], "Exact with a smooth gradient, or a smooth mean throughout."),
+    "alpha": Key(Positive, "Of the smooth indicator, 1 / units of squared weights; lower reaches larger weights."),
+    "of": Key(Literal["params", "view"], "The latent kernels, or those that the forward sees."),
+    "per": Key(Literal["model", "layer"], "One number with one multiplier, or one for every kernel."),
+    "n": Key(AtLeastOne, "Of every m weights in a row along the input, n may stay."),
+    "m": Key(AtLeastOne, "Weights of a block."),
+    "reuse": Key(AtLeastOne, "Reuse factor: weights that one multiplier works off."),
+    "precision": Key(AtLeastOne, "Bits of a weight."),
+    "bram_width": Key(AtLeastOne, "Bits of a memory's word."),
+    "unit": Key(Positive, "EBOPs that count as 1; null: those of the unpruned model at 8 bits everywhere.", None),
+    "num_patterns": Key(AtLeastOne, "At most so many patterns of a layer."),
+    "beta": Key(Fraction, "Share of the kernels that they cover."),
+    "distance": Key(Literal["hamming", "valued_hamming", "cosine"], "Of a kernel from a pattern."),
+    "block": Key(Block, "Blocks of a dense kernel; null: the positions of a convolution."),
+    "where": Key(Where, "Only the kernels at this path or regular expression; null: all."),
+}  # fmt: skip
+"""By name, or by method and name where a name means something else there."""
+
+
+def arguments_of(factory: Callable) -> dict[str, Any]:
+    """{argument: default} of what a section may say; those that `shared` takes are `group_sparsity`'s."""
+    own = inspect.signature(factory).parameters.values()
+    found = {p.name: p.default for p in own if p.kind is not p.VAR_KEYWORD and p.name not in FILLED}
+    if any(p.kind is p.VAR_KEYWORD for p in own):
+        shared = arguments_of(metrics.group_sparsity)
+        found |= {name: default for name, default in shared.items() if name != "groups"}
+    return found
+
+
+def _section_of(factory: Callable, tag: str, name: str) -> type[Section]:
+    """The section of one method; `tag` is the key that says which one it is."""
+    method = factory.__name__
+    fields: dict[str, Any] = {tag: (Literal[method], method)}
+    for argument, default in (arguments_of(factory) | {"where": None}).items():
+        key = KEYS.get(f"{method}.{argument}") or KEYS[argument]
+        default = key.default if key.default is not ... else default
+        default = ... if default is inspect.Parameter.empty else None if callable(default) else default
+        value = Groups(name=default) if argument == "groups" and default is not ... else default
+        fields[argument] = (key.kind | None if value is None else key.kind, Field(value, description=key.text))
+    if factory is metrics.ebops:
+        del fields["where"]
+    summary = inspect.getdoc(factory) or method
+    return create_model(name, __base__=Section, __doc__=summary.split("\n\n")[0], **fields)
+
+
+def _union(sections: Mapping[str, type[Section]], tag: str) -> Any:
+    return Annotated[functools.reduce(operator.or_, sections.values()), Field(discriminator=tag)]
+
+
+class Own(Section):
+    """A metric of one's own."""
+
+    name: Literal["own"] = "own"
+    function: str
+    """'package.module:function' of (params, view) -> scalar, or a `pq.constrain.Metric`."""
+
+
+def metric_section(value: Any) -> dict[str, Any]:
+    """What the short form of a metric stands for."""
+    return {"name": "own", "function": value} if isinstance(value, str) and ":" in value else {"name": value}
+
+
+SECTIONS: Final = {name: _section_of(factory, "method", name.upper()) for name, factory in METHODS.items()}
+MEASURES: Final = {name: _section_of(f, "name", name.title().replace("_", "")) for name, f in METRICS.items()}
+
+if TYPE_CHECKING:
+    Pruning = Metric = Any
+else:
+    Pruning = _union(SECTIONS, "method")
+    Metric = _union({**MEASURES, "own": Own}, "name")
+
+
+class Constraint(Section):
+    """A metric held to a target while training, by a multiplier that is trained with the weights (MDMM)."""
+
+    metric: Annotated[Metric, short(metric_section, Metric | str)]
+    """What is held.  Short form: its name alone, or 'package.module:function'."""
+    kind: Literal["<=", ">=", "=="]
+    """metric <=, >= or == target."""
+    target: Float
+    """In the metric's units."""
+    scale: Positive = 10.0
+    """Of the whole penalty, against the loss."""
+    damping: NotNegative = 1.0
+    """Brings weights and multiplier to rest; with 0 they circle."""
+    initial: Float | None = None
+    """The multiplier at the start; null: 0."""
+    prunes: Annotated[bool | float, BeforeValidator(_prunes)] = True
+    """Fine-tuning holds at 0 what the metric counts as absent (PACA: what is off the patterns); a number: weights up to this
+    size."""
+    compat: Literal["pquantml"] | None = None
+    """Do as PQuantML does where that differs, to compare with it."""
+    rate: Positive = 1e-3
+    """Of the multiplier's advance with compat; without, training.multiplier_learning_rate counts."""
