@@ -107,6 +107,7 @@ def test_summary_has_every_key_of_a_run(summary):
     assert set(summary["mismatches"]) == {"emulator", "da4ml", "rtl_comb", "rtl_pipelined"}
     assert set(summary["cost"]) == {"da4ml", "latency_cycles", "ii", "lut", "ff", "dsp", "carry"}
     assert set(summary["params"]) == {"total", "nonzero"}
+    assert summary["channels"]["total"] == 4 + 5 and 0 <= summary["channels"]["dead"] <= 4
     phases = {"data", "model", "float", "train", "evaluate", "lower", "netlist", "verify", "report"}
     assert set(summary["seconds"]) == phases and all(s >= 0 for s in summary["seconds"].values())
     assert {"jax", "python", "pquant_jax", "da4ml"} <= set(summary["versions"])
