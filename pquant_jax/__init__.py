@@ -30,6 +30,9 @@ from pquant_jax.graph import (
     from_linen,
     from_nnx,
     instrument,
+    shrink,
+    sparsity_summary,
+    summary_text,
 )
 from pquant_jax.numerics import kif, mask, site
 from pquant_jax.train import Metric, Plan, Result, calibrate, finalize, fit, load_final, save_final
@@ -100,8 +103,11 @@ __all__ = [
     "prune",
     "quantize",
     "save_final",
+    "shrink",
     "site",
+    "sparsity_summary",
     "state_of",
+    "summary_text",
     "train",
     "transforms",
     "update_state",

@@ -8,11 +8,13 @@ concatenation reads positions, the class is pinned and keeps its size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from pquant_jax.graph._interpret import ELEMENTWISE, Const, Program
+
+POOLS: Final = frozenset({"reduce_window_max", "reduce_window_sum"})
 
 Axis = tuple[Any, int]  # (a value, its axis): a value of a program, or the name of an input
 Local = tuple[int, int]  # (number of an operand of an equation, or -1 for its result; its axis)
@@ -42,10 +44,15 @@ class Linked(NamedTuple):
 
 @dataclass
 class Links:
-    """Classes of axes over several programs (union-find); `pins`: members of those that keep their size."""
+    """Classes of axes over several programs (union-find).
+
+    pins: axes of which something reads the positions.  born: axes that something makes at its own size, such as random
+    bits or two axes reshaped to one; to cut them costs a gather.
+    """
 
     above: dict[Axis, Axis] = field(default_factory=dict)
     pins: set[Axis] = field(default_factory=set)
+    born: set[Axis] = field(default_factory=set)
 
     def find(self, axis: Axis) -> Axis:
         """The representative of a class."""
@@ -59,9 +66,9 @@ class Links:
         if a != b:
             self.above[a] = b
 
-    def pinned(self) -> set[Axis]:
-        """Representatives of the classes that keep their size."""
-        return {self.find(axis) for axis in self.pins}
+    def classes(self, axes: Iterable[Axis]) -> set[Axis]:
+        """The representatives of the classes of these axes."""
+        return {self.find(axis) for axis in axes}
 
 
 def link(links: Links, program: Program, names: Sequence[Any], fixed: int) -> Linked:
@@ -77,7 +84,7 @@ def link(links: Links, program: Program, names: Sequence[Any], fixed: int) -> Li
 
     rows: list[tuple[tuple[Axis, ...], ...]] = []
     sinks: list[Sink] = []
-    made: dict[int | Const, tuple[Axis, ...]] = {}
+    made: dict[int, tuple[Axis, ...]] = {}
     for step in program.steps:
         values = ((v, var.aval.shape) for v, var in zip(step.ins, step.eqn.invars, strict=True))
         made[step.outs[0]] = axes_of(step.outs[0], step.eqn.outvars[0].aval.shape)
@@ -93,8 +100,10 @@ def link(links: Links, program: Program, names: Sequence[Any], fixed: int) -> Li
         seen = {local for pair in pairs for local in pair} | {local for group in sums for local in group}
         for n, axes in enumerate(rows[-1][:-1]):
             links.pins.update(axis for d, axis in enumerate(axes) if (n, d) not in seen)
+        if step.eqn.primitive.name != "broadcast_in_dim":
+            links.born.update(axis for d, axis in enumerate(rows[-1][-1]) if (-1, d) not in seen)
     for v in program.outputs[:fixed]:
-        links.pins.update(made.get(v, ()))
+        links.pins.update(made.get(v, ()) if isinstance(v, int) else ())
     return Linked(program, tuple(rows), tuple(sinks))
 
 
@@ -151,6 +160,9 @@ def _moves(name: str, params: Mapping[str, Any], shape: tuple[int, ...], out: tu
         return list(_regrouped(shape, out))
     if name == "slice":
         return [d for d in enumerate(range(len(shape))) if shape[d[0]] == out[d[0]]]
+    if name in POOLS:
+        still = zip(params["window_dimensions"], params["window_strides"], shape, out, strict=True)
+        return [(d, d) for d, (window, stride, n, m) in enumerate(still) if window == stride == 1 and n == m]
     if name == "rev":
         return [(d, d) for d in range(len(shape)) if d not in params["dimensions"]]
     return []

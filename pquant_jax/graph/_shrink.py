@@ -14,7 +14,7 @@ from jax.extend.core import ClosedJaxpr
 from pquant_jax import _tree
 from pquant_jax._base import KIF, Tree, View
 from pquant_jax._errors import TraceError
-from pquant_jax.graph._axes import Axis, Linked, Links, Sink, link
+from pquant_jax.graph._axes import POOLS, Axis, Linked, Links, Sink, link
 from pquant_jax.graph._instrument import Instrumented
 from pquant_jax.graph._interpret import ELEMENTWISE, PRODUCTS, Const, bind, flatten, inner
 from pquant_jax.graph._models import Model
@@ -76,8 +76,10 @@ def shrink(inst: Instrumented, view: View, model_state: Tree = None) -> Shrunk:
     linked = _linked(links, run, (leaves, view.sites, inst.sample))[0]
     _linked(links, partial(_run, inst.model, train=False), (_structs(leaves), None, inst.sample))
     paths = _tree.flatten(leaves)
-    owned = {links.find(((0, path), d)) for path, leaf in paths.items() for d in range(np.ndim(leaf))}
-    kept = _kept(links, linked.sinks, _there(linked, (leaves, view.sites), inst.sample), owned)
+    owned = links.classes(((0, path), d) for path, leaf in paths.items() for d in range(np.ndim(leaf)))
+    ports = {((2, path), d) for path, v in _tree.flatten(inst.sample).items() for d in range(np.ndim(v))}
+    whole = links.classes(links.pins | links.born | ports)
+    kept = _kept(links, linked.sinks, _there(linked, (leaves, view.sites), inst.sample), owned - whole)
 
     def cuts(name: Any, rank: int) -> Cut:
         return tuple(kept.get(links.find((name, d))) for d in range(rank))
@@ -87,11 +89,11 @@ def shrink(inst: Instrumented, view: View, model_state: Tree = None) -> Shrunk:
     sites = {}
     for name, fmt in view.sites.items():
         like = found.get(f"params/{name}")
-        parts = [
+        k, i, f = (
             _cut(v, cuts((1, f"{name}/{key}"), np.ndim(v)) if like is None else _facing(np.shape(v), like))
             for key, v in zip("kif", (fmt.k, fmt.i, fmt.f), strict=True)
-        ]
-        sites[name] = KIF(*parts, fmt.rounding, fmt.overflow)
+        )
+        sites[name] = KIF(k, i, f, fmt.rounding, fmt.overflow)
     masks = {path: _cut(m, _facing(np.shape(m), found[f"params/{path}"])) for path, m in view.masks.items()}
     changed = {path: cut for path, cut in found.items() if any(part is not None for part in cut)}
     forward = partial(_replay, inst.model, _structs(leaves), changed)
@@ -143,13 +145,15 @@ def _facing(shape: tuple[int, ...], cut: Cut) -> Cut:
 
 
 def _kept(links: Links, sinks: Sequence[Sink], there: Sequence[Sequence[np.ndarray]], owned: set[Axis]) -> dict[Axis, np.ndarray]:
-    """{class: indices kept} of the classes that lose some.  there: where the factors of every sink can be other than 0."""
-    pinned = links.pinned()
+    """{class: indices kept} of the classes that lose some, all of `owned` that sinks sum over.
+
+    there: where the factors of every sink can be other than 0.
+    """
     alive: dict[Axis, np.ndarray] = {}
     for sink, arrays in zip(sinks, there, strict=True):
         for axes, factor in zip(sink.axes, arrays, strict=True):
             for axis, n in zip(map(links.find, axes), factor.shape, strict=True):
-                if axis in owned and axis not in pinned:
+                if axis in owned:
                     alive[axis] = np.ones(n, bool)
     while True:
         needed = {axis: np.zeros(v.shape, bool) for axis, v in alive.items()}
@@ -172,7 +176,7 @@ def _reaches(links: Links, axes: Sequence[Axis], factor: np.ndarray, over: Axis,
     for d, axis in enumerate(axes):
         if axis != over and (mask := alive.get(links.find(axis))) is not None:
             factor = factor & mask.reshape([-1 if e == d else 1 for e in range(factor.ndim)])
-    return factor.any(tuple(d for d, axis in enumerate(axes) if axis != over))
+    return np.any(factor, tuple(d for d, axis in enumerate(axes) if axis != over))
 
 
 def _there(linked: Linked, leaves: tuple, sample: Any) -> list[list[np.ndarray]]:
@@ -212,6 +216,8 @@ def _varies(eqn: Any, ins: Sequence[tuple[Any, Any]], outs: Sequence[Any]) -> An
         return sums[0] + sums[1] > 0
     if name in _MOVES:
         return bind(eqn, flags)[0]
+    if name in POOLS:
+        return bind(eqn, [flags[0].astype(outs[0].dtype)])[0] != 0
     if name in _REDUCE:
         return jnp.any(flags[0], eqn.params["axes"])
     if name not in ELEMENTWISE or len(outs) > 1:
@@ -233,7 +239,7 @@ def _replay(
     """model.forward on smaller leaves: its program at the old sizes (`leaves`), evaluated at the new ones."""
     links = Links()
     linked, shape = _linked(links, partial(_run, model, train=train), (leaves, rng, x))
-    pinned, sizes = links.pinned(), dict[Axis, np.ndarray]()
+    pinned, sizes = links.classes(links.pins), dict[Axis, np.ndarray]()
     for path, cut in kept.items():
         for d, indices in enumerate(cut):
             if indices is not None:
@@ -253,7 +259,7 @@ def _evaluate(links: Links, linked: Linked, kept: Mapping[Axis, np.ndarray], val
 
     def fit(v: int | Const, axes: Sequence[Axis], full: Sequence[int]) -> Any:
         """A value; what was made at the old size (a constant, random bits) is cut now."""
-        value = v.value if isinstance(v, Const) else env[v]
+        value = np.asarray(v.value) if isinstance(v, Const) and axes else env[v] if isinstance(v, int) else v.value
         cut = [kept.get(links.find(axis)) if np.shape(value)[d] == full[d] else None for d, axis in enumerate(axes)]
         return _cut(value, tuple(cut))
 
