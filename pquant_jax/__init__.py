@@ -31,6 +31,9 @@ from pquant_jax.graph import (
     from_linen,
     from_nnx,
     instrument,
+    shrink,
+    sparsity_summary,
+    summary_text,
 )
 from pquant_jax.numerics import kif, mask, site
 from pquant_jax.train import Metric, Plan, Result, calibrate, finalize, fit, load_final, save_final
@@ -103,8 +106,11 @@ __all__ = [
     "quantize",
     "save_final",
     "search",
+    "shrink",
     "site",
+    "sparsity_summary",
     "state_of",
+    "summary_text",
     "train",
     "transforms",
     "update_state",

@@ -107,6 +107,7 @@ def test_summary_has_every_key_of_a_run(summary):
     assert set(summary["mismatches"]) == {"emulator", "da4ml", "rtl_comb", "rtl_pipelined"}
     assert set(summary["cost"]) == {"da4ml", "latency_cycles", "ii", "lut", "ff", "dsp", "carry"}
     assert set(summary["params"]) == {"total", "nonzero"}
+    assert summary["channels"]["total"] == 4 + 5 and 0 <= summary["channels"]["dead"] <= 4
     phases = {"data", "model", "float", "train", "evaluate", "lower", "netlist", "verify", "report"}
     assert set(summary["seconds"]) == phases and all(s >= 0 for s in summary["seconds"].values())
     assert {"jax", "python", "pquant_jax", "da4ml"} <= set(summary["versions"])
@@ -122,6 +123,9 @@ def test_summary_holds_what_can_be_computed_again(summary, prepared, final):
     assert summary["ebops"] == {"reference8": 64 * (16 * 4 + 4 * 5), "final": pytest.approx(float(prepared.inst.ebops(view)))}
     kernels = [np.asarray(view.model[layer]["kernel"]) for layer in ("Dense_0", "Dense_1")]
     biases = [np.asarray(view.model[layer]["bias"]) for layer in ("Dense_0", "Dense_1")]
+    for layer, kernel in zip(("Dense_0", "Dense_1"), kernels, strict=True):
+        found = summary["kernels"][f"{layer}/kernel"]
+        assert found["zeros"] == np.sum(kernel == 0) and found["dead_columns"] == np.sum(~kernel.any(0))
     assert summary["sparsity"] == pytest.approx(np.mean(np.concatenate([k.ravel() for k in kernels]) == 0))
     assert summary["params"] == {"total": 93, "nonzero": sum(int(np.count_nonzero(v)) for v in kernels + biases)}
     assert sum(summary["layers"].values()) == pytest.approx(summary["ebops"]["final"])

@@ -4,12 +4,17 @@ from pquant_jax.graph._ebops import ebops
 from pquant_jax.graph._instrument import Instrumented, instrument
 from pquant_jax.graph._interpret import Const, Program, Step, bind, flatten
 from pquant_jax.graph._models import Model, as_model, from_equinox, from_function, from_linen, from_nnx
+from pquant_jax.graph._shrink import Shrunk, shrink
+from pquant_jax.graph._summary import KernelSummary, SparsitySummary, sparsity_summary, summary_text
 
 __all__ = [
     "Const",
     "Instrumented",
+    "KernelSummary",
     "Model",
     "Program",
+    "Shrunk",
+    "SparsitySummary",
     "Step",
     "as_model",
     "bind",
@@ -20,4 +25,7 @@ __all__ = [
     "from_linen",
     "from_nnx",
     "instrument",
+    "shrink",
+    "sparsity_summary",
+    "summary_text",
 ]

@@ -2,7 +2,8 @@
 
 from pquant_jax.lower._trace import trace
 from pquant_jax.lower._verify import forward_outputs, verify
+from pquant_jax.lower.dead import remove_dead
 from pquant_jax.lower.emulate import emulate
 from pquant_jax.lower.ir import Graph, Node
 
-__all__ = ["Graph", "Node", "emulate", "forward_outputs", "trace", "verify"]
+__all__ = ["Graph", "Node", "emulate", "forward_outputs", "remove_dead", "trace", "verify"]

@@ -12,7 +12,7 @@ import numpy as np
 from pquant_jax._base import InputSpec, Tree, View
 from pquant_jax._errors import LoweringError
 from pquant_jax.graph import Const, Instrumented, bind, flatten
-from pquant_jax.lower.ir import Graph, Node, validate
+from pquant_jax.lower.ir import Graph, Node, reached, validate
 from pquant_jax.numerics import mask_p, quantize_p
 
 _IDENTITY: Final = frozenset("copy stop_gradient optimization_barrier site sharding_constraint".split())
@@ -74,7 +74,7 @@ def trace(inst: Instrumented, view: View, model_state: Tree) -> Graph:
         outs = _lower(build, step.eqn, [read(v) for v in step.ins], step.scope, declared)
         env.update(zip(step.outs, outs, strict=True))
     results = [_sample(build, read(v)) for v in program.outputs]
-    return validate(_prune(Graph(tuple(build), tuple(ports), tuple(results))))
+    return validate(reached(Graph(tuple(build), tuple(ports), tuple(results))))
 
 
 def _sample(build: _Nodes, value: int | np.ndarray) -> int:
@@ -270,17 +270,3 @@ _RULES: Final[dict[str, Callable[..., int]]] = {
     "select_n": _select,
     "clamp": _clamp,
 }
-
-
-def _prune(graph: Graph) -> Graph:
-    """Drop what no output reads; ports stay."""
-    needed = {*graph.inputs, *graph.outputs}
-    for index in reversed(range(len(graph.nodes))):
-        if index in needed:
-            needed.update(graph.nodes[index].inputs)
-    order = sorted(needed)
-    place = {old: new for new, old in enumerate(order)}
-    nodes = tuple(
-        Node(n.op, tuple(place[j] for j in n.inputs), n.shape, n.attrs, n.name) for n in (graph.nodes[j] for j in order)
-    )
-    return Graph(nodes, tuple(place[j] for j in graph.inputs), tuple(place[j] for j in graph.outputs))

@@ -123,6 +123,20 @@ def consumers(graph: Graph) -> list[list[int]]:
     return readers
 
 
+def reached(graph: Graph) -> Graph:
+    """`graph` without the nodes that no output reads; ports stay."""
+    needed = {*graph.inputs, *graph.outputs}
+    for index in reversed(range(len(graph.nodes))):
+        if index in needed:
+            needed.update(graph.nodes[index].inputs)
+    order = sorted(needed)
+    place = {old: new for new, old in enumerate(order)}
+    nodes = tuple(
+        Node(n.op, tuple(place[j] for j in n.inputs), n.shape, n.attrs, n.name) for n in (graph.nodes[j] for j in order)
+    )
+    return Graph(nodes, tuple(place[j] for j in graph.inputs), tuple(place[j] for j in graph.outputs))
+
+
 def save(graph: Graph, path: str | os.PathLike) -> None:
     """Write `graph` to an `.npz` (a JSON header and one array per attribute), through a temporary name."""
     arrays: dict[str, np.ndarray] = {}

@@ -53,7 +53,8 @@ def write(
     summary: headline numbers, any of them missing or None: name; metric, the name of the metric (default "accuracy"),
         under which stand its float, compressed and emulated values; ebops.{reference8, final}; sparsity (fraction);
         params.{total, nonzero}; bops; mismatches.{emulator, da4ml, rtl_comb, rtl_pipelined} out of `vectors`;
-        cost.{da4ml, latency_cycles, ii, lut, ff, dsp, carry}; layers: {profile name: EBOPs or {"ebops": EBOPs}};
+        cost.{da4ml, latency_cycles, ii, lut, ff, dsp, carry}; kernels: {path: a `KernelSummary`'s fields};
+        channels.{total, dead}; layers: {profile name: EBOPs or {"ebops": EBOPs}};
         seeds; versions; seconds: {phase: s}; skipped: {step: reason}.
     metrics: as for `plots.history`; here for the length of the run and the time of its stages.
     figures: {name: SVG text}; a name is a key of `CAPTIONS`, or one with ":" and a subtitle, or any other title.  The
@@ -72,6 +73,7 @@ def write(
         f'<div class="cards">{"".join(_card(*card) for card in cards(summary))}</div>',
         _figures(figures),
         _layers(profiles, summary.get("layers") or {}),
+        _kernels(summary.get("kernels") or {}, summary.get("channels") or {}),
         _facts(summary, metrics),
         f"<details><summary>Resolved configuration</summary><pre>{html.escape(config_text)}</pre></details>",
     )
@@ -195,6 +197,21 @@ def _layers(profiles: Sequence[Profile], costs: Mapping[str, Any]) -> str:
     rows = [_row(p, costs.get(p.name)) for p in profiles]
     head = ("site", "shape", "kind", "density", "mean bits", "bits", "EBOPs")
     return f"<h2>Layers</h2>{table(head, rows)}"
+
+
+def _kernels(kernels: Mapping[str, Mapping[str, Any]], channels: Mapping[str, Any]) -> str:
+    """What pruning left, and how many channels the netlist does without."""
+    if not kernels:
+        return ""
+    head = ("kernel", "weights", "zeros", "sparsity", "nonzero digits", "dead inputs", "dead outputs")
+    rows = [
+        (html.escape(path), number(k["total"]), number(k["zeros"]), percent(k["zeros"] / max(k["total"], 1)), number(k["bits"]),
+         f"{number(k['dead_rows'])} of {number(k['rows'])}", f"{number(k['dead_columns'])} of {number(k['columns'])}")
+        for path, k in kernels.items()
+    ]  # fmt: skip
+    left_out = f"{number(channels['dead'])} of {number(channels['total'])} channels are not in the netlist" if channels else ""
+    note = "Digits are those of the weights in canonical signed-digit form; a dead input or output has no weight other than 0."
+    return f'<h2>Pruning</h2>{table(head, rows)}<p class="sub">{left_out}{". " * bool(left_out)}{note}</p>'
 
 
 def _row(profile: Profile, cost: Any) -> tuple[str, ...]:

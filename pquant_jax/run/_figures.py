@@ -12,7 +12,7 @@ import numpy as np
 from pquant_jax import _tree, train
 from pquant_jax._base import Tree, View
 from pquant_jax.data import Split
-from pquant_jax.graph import Instrumented
+from pquant_jax.graph import Instrumented, sparsity_summary
 from pquant_jax.numerics import kif
 from pquant_jax.report import Profile
 
@@ -41,7 +41,7 @@ def score(metric: train.Metric, prediction: Tree, split: Split) -> float:
 
 
 def model_figures(inst: Instrumented, view: View) -> dict[str, Any]:
-    """sparsity, params.{total, nonzero}, ebops.{reference8, final}, bops and layers of a finished model.
+    """sparsity, params.{total, nonzero}, kernels, ebops.{reference8, final}, bops and layers of a finished model.
 
     Parameters are the kernels and biases as the forward sees them.  Without formats at every site, ebops.final, bops and
     layers are None.
@@ -51,6 +51,7 @@ def model_figures(inst: Instrumented, view: View) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "sparsity": float(train.kernel_sparsity(view)),
         "params": {"total": sum(v.size for v in counted), "nonzero": sum(int(np.count_nonzero(v)) for v in counted)},
+        "kernels": {path: k._asdict() for path, k in sparsity_summary(view, roles=inst.roles).kernels.items()},
         "ebops": {"reference8": inst.reference8, "final": None},
         "bops": None,
         "layers": {},

@@ -13,7 +13,8 @@ import numpy as np
 
 from pquant_jax._base import Tree, View
 from pquant_jax.graph import Instrumented
-from pquant_jax.lower import Graph, emulate, ir, trace, verify as compare
+from pquant_jax.lower import Graph, emulate, ir, remove_dead, trace, verify as compare
+from pquant_jax.lower.dead import channels
 from pquant_jax.run._figures import CHUNK, score
 from pquant_jax.run._files import read_json, write_json
 from pquant_jax.run._log import Log, phase
@@ -33,7 +34,10 @@ def lower_model(prepared: Prepared, view: View, model_state: Tree, folder: Path,
         shape = jax.eval_shape(lambda x: prepared.inst.forward(view, model_state, x)[0], prepared.inst.sample)
         value = score(metric, jax.tree.unflatten(jax.tree.structure(shape), predicted), prepared.dataset.test)
         summary.setdefault(metric.name, {})["emulated"] = value
+        total = channels(graph)
+        summary["channels"] = {"total": total, "dead": total - channels(remove_dead(graph))}
         remarks.append(f"{len(graph.nodes)} nodes, emulated test {metric.name} {value:.4f}")
+        remarks.append(f"{summary['channels']['dead']} of {total} channels dead, which the netlist leaves out")
     with phase(log, "netlist") as remarks:
         comb, rtls = write_netlists(prepared, graph, folder)
         summary["cost"] |= {"da4ml": rtls["rtl_comb"].cost}

@@ -27,6 +27,19 @@ SUMMARY = {
     "seconds": {"train": 93.2, "lower": 3.25},
     "skipped": {"hls4ml": "not asked for"},
     "layers": {"Dense_0/kernel": {"ebops": 3120.0}, "Dense_1/kernel": 2900},
+    "kernels": {
+        "Dense_0/kernel": {
+            "zeros": 704,
+            "total": 1024,
+            "bits": 901,
+            "dead_rows": 2,
+            "rows": 16,
+            "dead_columns": 31,
+            "columns": 64,
+        },
+        "Dense_1/kernel": {"zeros": 0, "total": 8, "bits": None, "dead_rows": 0, "rows": 4, "dead_columns": 0, "columns": 2},
+    },
+    "channels": {"total": 133, "dead": 40},
 }
 
 
@@ -98,6 +111,14 @@ def test_each_profile_has_a_row_with_its_numbers(tmp_path, profiles):
     assert all(p.name in words for p in profiles)
 
 
+def test_each_kernel_has_a_row_of_what_pruning_left(tmp_path):
+    words = page(tmp_path).words
+    assert "Dense_0/kernel 1,024 704 68.8 % 901 2 of 16 31 of 64" in words
+    assert "Dense_1/kernel 8 0 0.0 % – 0 of 4 0 of 2" in words
+    assert "40 of 133 channels are not in the netlist" in words
+    assert "not in the netlist" not in page(tmp_path, {k: v for k, v in SUMMARY.items() if k != "channels"}).words
+
+
 @pytest.mark.parametrize(
     ("mismatches", "skipped", "css", "text"),
     [
@@ -142,6 +163,7 @@ def test_hostile_text_is_escaped_everywhere(tmp_path, profiles):
         "versions": {bad: bad},
     }
     summary |= {"vectors": bad, "mismatches": {bad: 1}, "seconds": {bad: 1.0}, "cost": {"lut": bad, "ii": bad}}
+    summary["kernels"] = {bad: SUMMARY["kernels"]["Dense_0/kernel"] | {"bits": bad}}
     odd = profiles[1]._replace(name=bad)
     figures = {bad: plots.kernel_bits(odd), f"kernel_bits:{bad}": plots.ranges([odd])}
     found = page(tmp_path, summary, [{"epoch": 0, "stage": bad, "seconds": 1.0}], [odd], figures, bad)
