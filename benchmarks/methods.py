@@ -18,6 +18,7 @@ RATIOS: Final = {"2:4": NM(2, 4), "1:4": NM(1, 4), "1:8": NM(1, 8)}
 PLAN: Final = pq.Plan(pretrain=10, train=60, finetune=20)
 BATCH: Final = 512
 RATE: Final = 3e-3
+BITS_RATE: Final = 1e-2
 EPSILON: Final = 0.02  # what MDMM counts as absent
 HIDDEN_KERNELS: Final = "Dense_[012]/kernel"  # no method that prunes channels may prune a class
 
@@ -96,9 +97,10 @@ def quantizer(inst: pq.Instrumented) -> pq.Transform:
 def optimizer(compression: pq.Transform, plan: pq.Plan, *, decay: float = 0.0, batch_size: int = BATCH) -> Any:
     """Adam with a cosine over the whole plan; thresholds and multipliers at rates of their own."""
     epochs = plan.pretrain + plan.rounds * plan.train + plan.finetune
-    rate = optax.cosine_decay_schedule(RATE, epochs * (len(population.task().train.y) // batch_size), alpha=0.03)
+    steps = epochs * (len(population.task().train.y) // batch_size)
+    rate, bits = (optax.cosine_decay_schedule(start, steps, alpha=0.03) for start in (RATE, BITS_RATE))
     weights = optax.chain(optax.adam(rate), pnorm_decay(rate, strength=decay)) if decay else optax.adam(rate)
-    return pq.optimizer(compression, weights=weights, thresholds=optax.adam(1e-3), bits=optax.adam(5e-3), duals=optax.sgd(0.2))
+    return pq.optimizer(compression, weights=weights, thresholds=optax.adam(1e-3), bits=optax.adam(bits), duals=optax.sgd(0.2))
 
 
 def maker(name: str, *, plan: pq.Plan = PLAN, quantized: bool = True, batch_size: int = BATCH) -> population.Make:
