@@ -100,8 +100,10 @@ def markdown(report: dict[str, Any]) -> str:
         f"Classifier 16-64-32-32-5, {report['plan']}, batch {methods.BATCH}, Adam {methods.RATE:g} with a cosine; "
         f"{methods.QUANTIZER}.  Mean ± standard deviation of {len(SEEDS)} seeds.\n\n"
         "*reached*: zeros / total of the masks of what the method prunes (channel methods leave the last layer alone); "
-        "*zeros*: of all kernels as the hardware has them, values rounded to 0 included.  *train*: seconds of a model in its population; "
-        "*compile*: once for all of a method's models.\n\n" + "\n".join([head, *map(line, report["rows"])]) + "\n"
+        "*zeros*: of all kernels as the hardware has them, values rounded to 0 included.  "
+        "*train*: seconds of a model in its population; *compile*: once for all of a method's models.\n\n"
+        + "\n".join([head, *map(line, report["rows"])])
+        + "\n"
     )
 
 

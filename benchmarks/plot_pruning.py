@@ -11,7 +11,9 @@ import numpy as np
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#222222", "#7A5C00")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h")
 INK, MUTED = "#222B36", "#5B6673"
-FLOOR = 58.0  # %: what lies lower is drawn on the lower edge, with its number
+FLOORS = {"weight": 62.0, "channel": 20.0, "N:M": 62.0}  # %: what lies lower is drawn on the edge, with its number
+TITLES = {"weight": "single weights", "channel": "output channels of the hidden layers", "N:M": "N of every M"}
+TICKS = (500, 1000, 2000, 5000, 10_000, 20_000, 40_000)
 
 
 def picture(report: dict[str, Any], path: Path) -> None:
@@ -27,18 +29,17 @@ def picture(report: dict[str, Any], path: Path) -> None:
     dense = next((row for row in report["rows"] if row["method"] == "none"), None)
     with plt.rc_context({**STYLE, "font.size": 8.5}):
         figure, axes = plt.subplots(2, 3, figsize=(15, 10), constrained_layout=True)
-        for column, family in enumerate(("weight", "channel", "N:M")):
-            title = {"weight": "single weights", "channel": "output channels of the hidden layers", "N:M": "N of every M"}[family]
+        for column, family in enumerate(TITLES):
             for line, key in enumerate(("zeros", "cost")):
                 own = [row for row in rows if row["family"] == family]
-                panel(axes[line][column], own, dense, key)
-                axes[line][column].set_title(title)
+                panel(axes[line][column], own, dense, key, FLOORS[family])
+                axes[line][column].set_title(TITLES[family])
         figure.suptitle(f"Embedded jets, 8 bits, {report['plan']}: mean and standard deviation of 3 seeds", color=INK)
         figure.savefig(path, dpi=110)
         plt.close(figure)
 
 
-def panel(axis: Any, rows: list[dict[str, Any]], dense: dict[str, Any] | None, key: str) -> None:
+def panel(axis: Any, rows: list[dict[str, Any]], dense: dict[str, Any] | None, key: str, floor: float) -> None:
     """One family of methods against `key`, every line labelled where it ends."""
     factor = 100 if key == "zeros" else 1
     names = list(dict.fromkeys(_series(row) for row in rows))
@@ -49,12 +50,12 @@ def panel(axis: Any, rows: list[dict[str, Any]], dense: dict[str, Any] | None, k
         y = np.array([100 * np.mean(r["accuracy"]) for r in own])
         spread = np.array([100 * np.std(r["accuracy"], ddof=1) for r in own])
         colour, mark = PALETTE[n % len(PALETTE)], MARKS[n % len(MARKS)]
-        shown = np.maximum(y, FLOOR)
-        spread = np.where(y < FLOOR, 0, np.minimum(spread, shown - FLOOR + 0.5))
+        shown = np.maximum(y, floor)
+        spread = np.where(y < floor, 0, np.minimum(spread, shown - floor))
         axis.errorbar(x, shown, spread, color=colour, marker=mark, ms=5, capsize=2, lw=1.3, elinewidth=0.8, label=name)
         for a, b in zip(x, y, strict=True):
-            if b < FLOOR:
-                axis.annotate(f"{b:.0f}", (a, FLOOR), (0, -11), textcoords="offset points", color=colour, ha="center", fontsize=7)
+            if b < floor:
+                axis.annotate(f"{b:.0f}", (a, floor), (0, -11), textcoords="offset points", color=colour, ha="center", fontsize=7)
         at = -1 if key == "zeros" else 0  # the sparsest, which is the cheapest
         ends.append((x[at], shown[at], name, colour))
     if dense is not None:
@@ -62,13 +63,16 @@ def panel(axis: Any, rows: list[dict[str, Any]], dense: dict[str, Any] | None, k
         axis.axhline(level, color=MUTED, lw=1, ls="--")
         note = f"unpruned {level:.1f} %" + (f", cost {np.mean(dense['cost']):,.0f}" if key == "cost" else "")
         axis.annotate(note, (0.02, level), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points", color=MUTED)
-    axis.set_ylim(FLOOR - 0.6, 68.8)
+    axis.set_ylim(floor - 0.08 * (68.2 - floor), 68.8 if floor > 50 else 72)
     axis.set_ylabel("test accuracy, %")
     if key == "zeros":
         axis.set_xlabel("zeros of all kernels, %")
     else:
         axis.set_xscale("log")
-        axis.invert_xaxis()  # so that in both rows sparser is further right
+        axis.set_xticks(TICKS, [f"{tick:,}" for tick in TICKS])
+        axis.set_xticks([], minor=True)
+        reach = [float(np.mean(row[key])) for row in rows]
+        axis.set_xlim(1.2 * max(reach), min(reach) / 1.2)  # so that in both rows sparser is further right
         axis.set_xlabel("da4ml cost (LUTs), log scale, cheaper to the right")
     _labels(axis, ends)
 

@@ -108,14 +108,11 @@ def dominant(support: jax.Array, num_patterns: int, beta: float) -> Dominant:
         place = jnp.arange(n)
         first = ~jnp.any(same & (place[None] < place[:, None]), 1)
         count, candidates = jnp.where(first, jnp.sum(same, 1, dtype=jnp.int32), 0), support
-    place = jnp.arange(count.size, dtype=jnp.int32)
-    ahead = (count[None] > count[:, None]) | ((count[None] == count[:, None]) & (place[None] < place[:, None]))
-    rank = jnp.sum(ahead, 1, dtype=jnp.int32)
-    covered = jnp.sum(jnp.where(ahead, count[None], 0), 1)  # by the patterns in front
-    stays = (count > 0) & (covered < math.ceil(beta * n - 1e-9))  # not one more for the last bit of beta
-    places = min(num_patterns, count.size)
-    chosen = jnp.zeros(places, jnp.int32).at[rank].set(place, mode="drop")  # rank is a permutation
-    return Dominant(candidates[chosen], stays[chosen], count[chosen])
+    # of equally many the first; float32 counts exactly, and only for it is top_k no sort on the CPU
+    top, chosen = jax.lax.top_k(count.astype(jnp.float32), min(num_patterns, count.size))
+    in_front = jnp.cumsum(top) - top
+    stays = (top > 0) & (in_front < math.ceil(beta * n - 1e-9))  # not one more for the last bit of beta
+    return Dominant(candidates[chosen], stays, top.astype(jnp.int32))
 
 
 def nearest(w: jax.Array, found: Dominant, epsilon: float, alpha: float, distance: str) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -127,7 +124,6 @@ def nearest(w: jax.Array, found: Dominant, epsilon: float, alpha: float, distanc
     size = jnp.abs(w)
     s = (size > epsilon).astype(w.dtype)
     p = found.patterns
-    mismatch = jnp.abs(s[:, None] - p[None])
     energy = jnp.sum(jnp.square(w), 1)
     present = energy > 0
 
@@ -138,8 +134,10 @@ def nearest(w: jax.Array, found: Dominant, epsilon: float, alpha: float, distanc
 
     if distance == "cosine":
         table = jax.vmap(cosine, 1, 1)(jnp.square(w) @ p.T)
+    elif distance == "hamming":  # as a product: of 0 and 1, |s - p| = s + p - 2 s p, and the sums are exact
+        table = jnp.sum(s, 1, keepdims=True) + jnp.sum(p, 1) - 2 * s @ p.T
     else:
-        table = jnp.sum(mismatch if distance == "hamming" else mismatch * size[:, None], -1)
+        table = jnp.sum(jnp.abs(s[:, None] - p[None]) * size[:, None], -1)
     table = jax.lax.stop_gradient(table)
     at = jnp.argmin(jnp.where(found.valid, table, jnp.inf), 1)
     hard, q = jnp.take_along_axis(table, at[:, None], 1)[:, 0], p[at]
