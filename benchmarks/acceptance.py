@@ -1,14 +1,14 @@
 """Measure every promise of a milestone afresh; print each with its figure; exit 1 where one falls short.
 
     python benchmarks/acceptance.py demo [--skip-clone]
+    python benchmarks/acceptance.py pruning
 
-Takes about half an hour on 2 cores.  Nothing else should run: two of the lines are times.
+Each takes about half an hour on 2 cores.  Nothing else should run: some of the lines are times.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -17,29 +17,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
+from lines import ROOT, Line, listed, module, pytest_line
 
-ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (0, 1, 2)
-
-
-class Line(NamedTuple):
-    """One promise: what, what was measured, whether it holds."""
-
-    name: str
-    figure: str
-    holds: bool
-
-
-def _module(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def clone_lines() -> Iterator[Line]:
@@ -75,15 +57,15 @@ def demo_lines() -> Iterator[Line]:
     exact = [r["accuracy"]["float"] for r in runs]
     compressed = [r["accuracy"]["compressed"] for r in runs]
     gap = 100 * (np.mean(exact) - np.mean(compressed))
-    yield Line("float test accuracy >= 0.67, each seed", _list(exact, ".4f"), min(exact) >= 0.67)
+    yield Line("float test accuracy >= 0.67, each seed", listed(exact, ".4f"), min(exact) >= 0.67)
     yield Line(
-        "compressed within 1.0 point of float, mean of 3 seeds", f"{_list(compressed, '.4f')}: {gap:.2f} points", gap <= 1.0
+        "compressed within 1.0 point of float, mean of 3 seeds", f"{listed(compressed, '.4f')}: {gap:.2f} points", gap <= 1.0
     )
     ebops = [r["ebops"]["reference8"] / r["ebops"]["final"] for r in runs]
-    yield Line("reference8 / EBOPs >= 25", _list(ebops, ".1f"), min(ebops) >= 25)
+    yield Line("reference8 / EBOPs >= 25", listed(ebops, ".1f"), min(ebops) >= 25)
     costs = [eight["cost"]["da4ml"] / r["cost"]["da4ml"] for r in runs]
     yield Line(
-        "cost of the 8-bit netlist / cost >= 8", f"{_list(costs, '.1f')} (8-bit: {eight['cost']['da4ml']:.0f})", min(costs) >= 8
+        "cost of the 8-bit netlist / cost >= 8", f"{listed(costs, '.1f')} (8-bit: {eight['cost']['da4ml']:.0f})", min(costs) >= 8
     )
     wrong = [n for r in runs for n in r["mismatches"].values()]
     vectors = min(r["vectors"] for r in runs)
@@ -91,13 +73,9 @@ def demo_lines() -> Iterator[Line]:
     yield Line("mismatches of JAX, da4ml, RTL comb and pipelined", f"{wrong} on {vectors} vectors x 5 outputs", zero)
 
 
-def _list(values: list[float], form: str) -> str:
-    return ", ".join(format(v, form) for v in values)
-
-
 def speed_lines() -> Iterator[Line]:
     """Compressed epoch over float epoch."""
-    for row in _module("bench_step").run(str(ROOT / "configs/jets_hgq.yaml"), 15):
+    for row in module("bench_step").run(str(ROOT / "configs/jets_hgq.yaml"), 15):
         low, q1, q3, high = row["ratio_spread"]
         spread = f"quartiles {q1:.3f}..{q3:.3f}, range {low:.3f}..{high:.3f}"
         figure = f"{row['ratio']:.3f} ({spread}, {row['pairs']} pairs, threads: {row['threads']})"
@@ -107,16 +85,8 @@ def speed_lines() -> Iterator[Line]:
 
 def fuzz_lines() -> Iterator[Line]:
     """200 random models: JAX, emulator and da4ml."""
-    counts = _module("fuzz").run(200, 0)
+    counts = module("fuzz").run(200, 0)
     yield Line("fuzz: 200 random models, 0 mismatches", json.dumps(counts, default=str), bool(counts["holds"]))
-
-
-def pytest_line(name: str, *arguments: str) -> Line:
-    """Tests that are the measurement themselves; the figure is pytest's own closing line."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    lines = [line for line in done.stdout.strip().splitlines() if line.strip()]
-    return Line(name, lines[-1] if lines else done.stderr.strip()[-200:], done.returncode == 0)
 
 
 def test_lines() -> Iterator[Line]:
@@ -135,16 +105,22 @@ def demo(skip_clone: bool) -> Iterator[Line]:
         yield from part()
 
 
+def pruning(skip_clone: bool) -> Iterator[Line]:
+    """All lines of the second milestone."""
+    del skip_clone  # none of them installs anything
+    yield from module("acceptance_pruning").lines()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("milestone", choices=["demo"])
+    parser.add_argument("milestone", choices=["demo", "pruning"])
     parser.add_argument("--skip-clone", action="store_true", help="leave out the lines that install from an empty clone")
     args = parser.parse_args()
     width = shutil.get_terminal_size((120, 20)).columns
     failed = 0
-    for line in {"demo": demo}[args.milestone](args.skip_clone):
+    for line in {"demo": demo, "pruning": pruning}[args.milestone](args.skip_clone):
         failed += not line.holds
-        print(f"{'ok  ' if line.holds else 'FAIL'} {line.name:<58} {line.figure}"[: max(width, 400)], flush=True)
+        print(f"{'ok  ' if line.holds else 'FAIL'} {line.name:<66} {line.figure}"[: max(width, 400)], flush=True)
     return 1 if failed else 0
 
 

@@ -87,7 +87,7 @@ def dominant(support: jax.Array, num_patterns: int, beta: float) -> Dominant:
     """The most frequent rows of `support`, (n, b) of 0 and 1: at most `num_patterns`, and no more than it takes to cover beta.
 
     Ties go to the smaller pattern, read as a number with its first weight as the lowest bit, or to the first to occur where
-    b > 10.
+    b > 10.  Counts and ranks by comparison, without a sort.
 
     >>> found = dominant(jnp.float32([[1, 0], [1, 1], [1, 0]]), num_patterns=4, beta=0.6)
     >>> found.patterns[found.valid].tolist(), found.kernels[found.valid].tolist()
@@ -108,10 +108,11 @@ def dominant(support: jax.Array, num_patterns: int, beta: float) -> Dominant:
         place = jnp.arange(n)
         first = ~jnp.any(same & (place[None] < place[:, None]), 1)
         count, candidates = jnp.where(first, jnp.sum(same, 1, dtype=jnp.int32), 0), support
-    kernels, chosen = jax.lax.top_k(count.astype(jnp.float32), min(num_patterns, count.size))  # of equals the first
-    in_front = jnp.cumsum(kernels) - kernels
-    stays = (kernels > 0) & (in_front < math.ceil(beta * n - 1e-9))  # not one more for the last bit of beta
-    return Dominant(candidates[chosen], stays, kernels.astype(jnp.int32))
+    # of equally many the first; float32 counts exactly, and only for it is top_k no sort on the CPU
+    top, chosen = jax.lax.top_k(count.astype(jnp.float32), min(num_patterns, count.size))
+    in_front = jnp.cumsum(top) - top
+    stays = (top > 0) & (in_front < math.ceil(beta * n - 1e-9))  # not one more for the last bit of beta
+    return Dominant(candidates[chosen], stays, top.astype(jnp.int32))
 
 
 def nearest(w: jax.Array, found: Dominant, epsilon: float, alpha: float, distance: str) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -133,9 +134,10 @@ def nearest(w: jax.Array, found: Dominant, epsilon: float, alpha: float, distanc
 
     if distance == "cosine":
         table = jax.vmap(cosine, 1, 1)(jnp.square(w) @ p.T)
+    elif distance == "hamming":  # as a product: of 0 and 1, |s - p| = s + p - 2 s p, and the sums are exact
+        table = jnp.sum(s, 1, keepdims=True) + jnp.sum(p, 1) - 2 * s @ p.T
     else:
-        weight = jnp.ones_like(size) if distance == "hamming" else size
-        table = jnp.sum(weight * s, 1, keepdims=True) + (weight * (1 - 2 * s)) @ p.T  # |s - p| = s + (1 - 2 s) p
+        table = jnp.sum(jnp.abs(s[:, None] - p[None]) * size[:, None], -1)
     table = jax.lax.stop_gradient(table)
     at = jnp.argmin(jnp.where(found.valid, table, jnp.inf), 1)
     hard, q = jnp.take_along_axis(table, at[:, None], 1)[:, 0], p[at]
@@ -164,9 +166,8 @@ def patterns(
 
     The dominant patterns of a layer are those of its kernels, by frequency, up to the first with which they cover `beta` of
     the kernels, but at most `num_patterns`; read off anew whenever the metric is.  The report of a layer: "patterns", tuples
-    of 0 and 1; "kernels", how many are nearest to each; "counts", how many are exactly on each pattern that occurs, the
-    dominant ones first; "covered", the share that are exactly on a dominant one; "table_bits" of the patterns, "index_bits" of
-    the numbers of all kernels, and "mask_bits", what a mask of every kernel would take.
+    of 0 and 1; "kernels", how many are nearest to each; "covered", the share that are exactly on one; "table_bits" of the
+    patterns, "index_bits" of the numbers of all kernels, and "mask_bits", what a mask of every kernel would take.
 
     Args:
       num_patterns: at most so many of a layer.  beta: share of the kernels that they cover, a fraction.
@@ -218,11 +219,9 @@ def patterns(
     def _described(rows: jax.Array, found: Dominant) -> dict[str, Any]:
         q, valid = np.asarray(nearest(rows, found, epsilon, alpha, distance)[2]), np.asarray(found.valid)
         table, (n, b) = np.asarray(found.patterns, int)[valid], rows.shape
-        counts = np.unique(np.abs(np.asarray(rows)) > epsilon, axis=0, return_counts=True)[1]
         return {
             "patterns": [tuple(int(v) for v in row) for row in table],
             "kernels": [int((q == row).all(1).sum()) for row in table],
-            "counts": sorted(counts.tolist(), reverse=True),
             "covered": int(np.asarray(found.kernels)[valid].sum()) / n,
             "table_bits": len(table) * b,
             "index_bits": n * math.ceil(math.log2(len(table))),
