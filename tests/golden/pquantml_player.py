@@ -49,6 +49,7 @@ class Method(NamedTuple):
     calls     {call: (player, step) -> None} for calls that only this method knows.
     updates   a forward is an update; not where an update brings statistics, which are calls of their own.
     out_first play it on kernels with the output first.
+    fixed     their parameters that are no numbers in our state: cases that share them share one compilation.
     """
 
     make: Callable[[Parameters, Mapping[str, AxisRole], str | None], Transform]
@@ -62,6 +63,10 @@ class Method(NamedTuple):
     calls: Mapping[str, Callable[[Player, dict[str, Any]], None]] = {}
     updates: bool = True
     out_first: bool = False
+    fixed: tuple[str, ...] = ()
+
+
+COMPILED: dict[tuple, tuple[Callable, Callable]] = {}
 
 
 class Player:
@@ -77,7 +82,9 @@ class Player:
         self.transform = self.method.make(case["parameters"], roles, compat)
         self.params = self.transform.attach({"kernel": self.weight(0)})
         self.state = self.transform.init(self.params)
-        self.ask, self.tell_now = jax.jit(self.answers), jax.jit(self.transform.boundary)
+        key = (case["method"], compat, self.shape, *(case["parameters"][name] for name in self.method.fixed))
+        COMPILED.setdefault(key, (jax.jit(self.answers), jax.jit(self.transform.boundary)))
+        self.ask, self.tell_now = COMPILED[key]
 
     def turned(self, value: Any) -> np.ndarray:
         """Their weight, mask or trainable as ours: one value, one per output, or all."""
@@ -131,7 +138,7 @@ class Player:
     def forward(self, step: dict[str, Any]) -> dict[str, jax.Array]:
         """Ours: value, gradients and loss, then the update's own step."""
         self.params = Params({"kernel": self.weight(step["w"])}, self.params.extra)
-        ours = self.ask(self.params, self.state)
+        ours = self.ask(self.params, self.state, self.turned(self.data["u"]))
         if self.method.updates and self.training:
             self.update({})
         return ours
@@ -142,8 +149,8 @@ class Player:
             before, self.state, stage=jnp.int32(self.stage), stats=stats, view=view, previous=before
         )
 
-    def answers(self, params: Params, state: State) -> dict[str, jax.Array]:
-        u, name, sign = self.turned(self.data["u"]), self.method.trained, -1 if self.method.ascends else 1
+    def answers(self, params: Params, state: State, u: jax.Array) -> dict[str, jax.Array]:
+        name, sign = self.method.trained, -1 if self.method.ascends else 1
 
         def value(params: Params) -> tuple[jax.Array, View]:
             view, _ = self.transform.apply(params, state)
@@ -189,9 +196,7 @@ def make_autosparse(p: Parameters, roles: Mapping[str, AxisRole], compat: str | 
 
 def make_cs(p: Parameters, roles: Mapping[str, AxisRole], compat: str | None) -> Transform:
     del roles
-    return cs(
-        decay=p["threshold_decay"], threshold_init=p["threshold_init"], final_temperature=p["final_temp"], compat=compat
-    )
+    return cs(decay=p["threshold_decay"], threshold_init=p["threshold_init"], final_temperature=p["final_temp"], compat=compat)
 
 
 def make_pdp(p: Parameters, roles: Mapping[str, AxisRole], compat: str | None) -> Transform:
@@ -256,12 +261,14 @@ METHODS = {
         lambda params, state, view: view.masks["kernel"],
         trained="threshold",
         stored={"threshold": lambda p: p.method.of(p.params), "mask": kernel("mask")},
+        fixed=("threshold_type",),
     ),
     "autosparse": Method(
         make_autosparse,
         lambda params, state, view: view.masks["kernel"],
         trained="threshold",
         stored={"threshold": lambda p: p.method.of(p.params), "alpha": lambda p: p.state.alpha},
+        fixed=("threshold_type", "backward_sparsity"),
     ),
     "cs": Method(
         make_cs,
@@ -274,8 +281,12 @@ METHODS = {
         make_pdp,
         lambda params, state, view: state.mask["kernel"] >= 0.5,
         # theirs moves r in every stage, though only training reads it
-        stored={"mask": kernel("mask"), "r": lambda p: p.state.part * p.state.hyper["sparsity"] if p.stage == Stage.TRAIN else None},
+        stored={
+            "mask": kernel("mask"),
+            "r": lambda p: p.state.part * p.state.hyper["sparsity"] if p.stage == Stage.TRAIN else None,
+        },
         put={"_init_r": lambda state, value: with_hyper(state, sparsity=value)},
+        fixed=("structured_pruning",),
     ),
     "activation_pruning": Method(
         make_ap,
@@ -298,6 +309,7 @@ METHODS = {
         calls={"collect_input": collect_input, "post_pretrain": begin_epoch, "post_epoch": begin_epoch},
         updates=False,
         out_first=True,
+        fixed=("N", "M"),
     ),
     "mdmm": Method(
         make_mdmm,
@@ -313,6 +325,7 @@ METHODS = {
         },
         settled=("forward", *SETTLED),
         out_first=True,
+        fixed=("constraint_type", "metric_type", "l0_mode", "scale_mode", "rf", "use_grad", "epsilon", "target_sparsity"),
     ),
     "fitcompress": Method(
         make_frozen,
