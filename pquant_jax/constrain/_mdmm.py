@@ -66,7 +66,7 @@ def mdmm(
     initial: float | None = None,
     prunes: Prunes | None = None,
     compat: str | None = None,
-    rate: float = 1e-3,
+    rate: float | None = 1e-3,
 ) -> Transform:
     """Hold `metric` to a target while training: penalty scale (lambda h + damping h^2 / 2), lambda trained by ascent.
 
@@ -83,7 +83,7 @@ def mdmm(
         such as `group_masks(...)` or `patterns(...).masks`.
       compat: "pquantml" for |g| or max(g, 0), a lambda that advances by rate * scale * (h of the step before) in
         pre-training too, and masks of |w| > epsilon made anew in every step of fine-tuning.
-      rate: of that advance; compat only.
+      rate: of that advance, None for the optimizer's ascent instead; compat only.
     Raises: TransformError for an unknown kind or compat, a metric that gives no number, or paths that are no kernels.
 
     >>> from pquant_jax.constrain import metrics
@@ -97,6 +97,7 @@ def mdmm(
         raise TransformError(f"kind is {kind!r}; {did_you_mean(str(kind), KINDS)}")
     measured = metric if isinstance(metric, Metric) else Metric(metric, metric)
     reference = check_compat(compat)
+    by_rate = reference and rate is not None
     first = float(reference) if initial is None else initial
 
     def attach(model: Tree) -> Params:
@@ -105,7 +106,7 @@ def mdmm(
 
     def init(params: Params) -> MDMMState:
         epsilon = prunes if isinstance(prunes, (int, float)) else 0.0
-        hypers = hyper(target=target, scale=scale, damping=damping, epsilon=epsilon, **({"rate": rate} if reference else {}))
+        hypers = hyper(target=target, scale=scale, damping=damping, epsilon=epsilon, **({"rate": rate} if by_rate else {}))
         ones = jax.tree.map(jnp.ones_like, _masks_of(prunes, params.model, hypers["epsilon"]))
         stage = jnp.asarray(Stage.PRETRAIN, jnp.int32)
         return MDMMState(hypers, stage, jnp.zeros(measured.shape(params.model), jnp.float32), ones)
@@ -123,7 +124,9 @@ def mdmm(
         return jnp.abs(g) if kind == "==" else jnp.maximum(g, 0)
 
     def advanced(params: Params, state: MDMMState) -> jax.Array:
-        """compat: the multiplier of this step, without a gradient."""
+        """The multiplier of this step; one with a rate has no gradient."""
+        if not by_rate:
+            return params.extra["mdmm"]["multiplier"]
         move = jnp.where(state.stage == Stage.FINETUNE, 0, state.hyper["rate"] * state.hyper["scale"] * state.seen)
         return jax.lax.stop_gradient(params.extra["mdmm"]["multiplier"] + move)
 
@@ -139,14 +142,13 @@ def mdmm(
     ) -> tuple[Params, MDMMState]:
         del extra
         before, stage = params if previous is None else previous, jnp.asarray(stage, jnp.int32)
-        state = state._replace(stage=stage)
-        if reference:
+        state, multiplier = state._replace(stage=stage), params.extra["mdmm"]["multiplier"]
+        if by_rate:
             multiplier, told = advanced(before, state), View(before.model, {}, {})
             found = jax.lax.stop_gradient(distance(before, state, told, multiplier))
             state = state._replace(seen=jnp.where(stage == Stage.FINETUNE, state.seen, found))
-        else:
-            moved = params.extra["mdmm"]["multiplier"]
-            moved = moved if kind == "==" else jnp.maximum(moved, 0)
+        elif not reference:
+            moved = multiplier if kind == "==" else jnp.maximum(multiplier, 0)
             # an optimizer with momentum moves what has no gradient, so outside the training stage it is put back
             multiplier = jnp.where(stage == Stage.TRAIN, moved, before.extra["mdmm"]["multiplier"])
         return _with(params, multiplier), state
@@ -164,7 +166,7 @@ def mdmm(
 
     def penalty(params: Params, state: MDMMState, view: View) -> jax.Array:
         h, training = state.hyper, state.stage == Stage.TRAIN
-        multiplier = advanced(params, state) if reference else params.extra["mdmm"]["multiplier"]
+        multiplier = advanced(params, state)
         # zero before it is multiplied: then the gradient to lambda is exactly 0 whatever the metric is
         g = jnp.where(training, distance(params, state, view, multiplier), 0)
         return jnp.sum(_lagrangian(g, multiplier, h["scale"], h["damping"]))

@@ -19,7 +19,8 @@ from pquant_jax.transforms import check_compat, hyper, kernels_of, labelled, lay
 class APState(NamedTuple):
     """hyper: threshold or target, begin, period.  stage: of the last step.
 
-    done: epochs of the training stage since the start.  since: of them, those collected since the last mask.
+    done: epochs of the training stage since the start.  since: of them, those collected since the last mask.  (compat: done
+    since the last period; since is 1 while its mask waits.)
     batches: seen since then.  mean: {path: activity over them, fraction, per output channel}.
     score: {path: the activity that the mask was made of}.  mask: {path: 0/1}.
     """
@@ -55,8 +56,9 @@ def ap(
       target: the fraction of every kernel's channels to prune, exact, the least active ones.
       begin, period: epochs.
       roles: `inst.roles`, which says what the output channels are; default the last axis.
-      compat: "pquantml" waits `begin` epochs again after every mask, prunes nothing when fine-tuning begins, lets a pruned
-        channel return once its bias is positive, and can prune all channels of a kernel.
+      compat: "pquantml" counts `period` in batches, waits `begin` epochs again after each (the rest of the present one is
+        the first), prunes nothing when fine-tuning begins, lets a pruned channel return once its bias is positive, and can
+        prune all channels of a kernel.
     Raises: TransformError for both or none of threshold and target, or a kernel without the statistic "active".
 
     >>> t = ap(threshold=0.2)
@@ -99,41 +101,48 @@ def ap(
         batches = state.batches + collects
         part = jnp.where(collects, 1 / jnp.maximum(batches, 1), 0)
         mean = {p: v + part * (_activity(p, v.shape, stats or {}) - v) for p, v in state.mean.items()}
-        return params, state._replace(stage=jnp.asarray(stage, jnp.int32), batches=batches, mean=mean)
+        state = state._replace(stage=jnp.asarray(stage, jnp.int32), batches=batches, mean=mean)
+        if compat:  # whose period ends within an epoch, though the mask waits for its end
+            full = batches >= state.hyper["period"]
+            state = _closed(state, full, mean)
+            state = state._replace(done=jnp.where(full, 0, state.done), since=jnp.where(full, 1, state.since))
+        return params, state
 
     def boundary(params: Params, state: APState, *, event: Any, stage: Any, **extra: Any) -> tuple[Params, APState]:
         del extra
         cuts, h = layouts(kernels_of(params.model), "out", roles), state.hyper
         ended = (event == Event.POST_EPOCH) & (stage == Stage.TRAIN)
-        since = state.since + (ended & (state.done >= h["begin"]))
-        renews = ended & (since >= h["period"])
-        if compat is None:
-            renews = renews | (event == Event.PRE_FINETUNE)
-        renews = renews & (state.batches > 0)
-        score, masks = {}, {}
+        if compat:
+            renews, since, score = ended & (state.since > 0), state.since, state.score
+        else:
+            since = state.since + (ended & (state.done >= h["begin"]))
+            renews = ((ended & (since >= h["period"])) | (event == Event.PRE_FINETUNE)) & (state.batches > 0)
+            lives = {p: cut.scores(state.mask[p]) > 0 for p, cut in cuts.items()}
+            score = {p: jnp.where(lives[p], state.mean[p], v) for p, v in state.score.items()}
+            state = _closed(state, renews, score)
+        masks = {}
         for p, cut in cuts.items():
-            seen = state.mean[p] if compat else jnp.where(cut.scores(state.mask[p]) > 0, state.mean[p], state.score[p])
-            stays = survivors(cut, seen, h["target"]) if threshold is None else _above(seen, h["threshold"], spare=not compat)
-            score[p] = jnp.where(renews, seen, state.score[p])
+            stays = survivors(cut, score[p], h["target"]) if threshold is None else _above(score[p], h["threshold"], not compat)
             masks[p] = jnp.where(renews, cut.expand(stays), state.mask[p])
-        done = state.done + ended
-        return params, state._replace(
-            stage=jnp.asarray(stage, jnp.int32),
-            done=jnp.where(renews, 0, done) if compat else done,
-            since=jnp.where(renews, 0, since),
-            batches=jnp.where(renews, 0, state.batches),
-            mean={p: jnp.where(renews, 0, v) for p, v in state.mean.items()},
-            score=score,
-            mask=masks,
-        )
+        now = dict(stage=jnp.asarray(stage, jnp.int32), done=state.done + ended, since=jnp.where(renews, 0, since))
+        return params, state._replace(**now, mask=masks)
 
     return Transform("ap", attach, init, apply, step, boundary, no_penalty, labelled("ap", "thresholds"), frozenset({"active"}))
 
 
-def _above(seen: jax.Array, threshold: jax.Array, *, spare: bool) -> jax.Array:
+def _above(seen: jax.Array, threshold: jax.Array, spare: bool) -> jax.Array:
     """1 for the channels above the threshold.  spare: the most active one stays, for where none is above it the signal ends."""
     best = (jnp.arange(seen.size) == jnp.argmax(seen)).reshape(seen.shape)
     return ((seen > threshold) | (best & spare)).astype(jnp.float32)
+
+
+def _closed(state: APState, when: jax.Array, score: Mapping[str, jax.Array]) -> APState:
+    """The state with a period ended: its activities are in `score`, and a new one begins."""
+    return state._replace(
+        batches=jnp.where(when, 0, state.batches),
+        mean={p: jnp.where(when, 0, v) for p, v in state.mean.items()},
+        score={p: jnp.where(when, score[p], v) for p, v in state.score.items()},
+    )
 
 
 def _activity(path: str, shape: tuple[int, ...], stats: Stats) -> jax.Array:

@@ -106,8 +106,9 @@ def autosparse(
         threshold has cut it comes back with the little that it was cut by.
       gain: of that controller, per epoch.
       roles: `inst.roles`, which says what the output channel is; default the last axis.
-      compat: "pquantml" fine-tunes the mask times the weights that were not shrunk, a jump, and lets alpha decay at the end
-        of every epoch of any stage: one epoch late, and nearly 0 already where there was pre-training.
+      compat: "pquantml" fine-tunes the mask times the weights that were not shrunk, a jump, lets alpha decay at the end
+        of every epoch of any stage: one epoch late, and nearly 0 already where there was pre-training, and gives a weight
+        of 0 no gradient.
     Raises: TransformError for an unknown granularity or compat, a target outside [0, 1), or a model without kernels.
 
     >>> t = autosparse(threshold_init=-1.0986123)
@@ -137,7 +138,8 @@ def autosparse(
         kernels, masks = {}, {}
         for p, w in kernels_like(params.model, thresholds).items():
             level = jax.nn.sigmoid(thresholds[p])
-            shrunk = soft_threshold(w, level, state.alpha, _floor(jnp.abs(w) - level, state.hyper))
+            felt = jnp.where(w == 0, 0, w) if reference else w
+            shrunk = soft_threshold(felt, level, state.alpha, _floor(jnp.abs(w) - level, state.hyper))
             kernels[p] = jnp.where(training, shrunk, mask(w - state.shift[p], state.mask[p]))
             masks[p] = jnp.where(training, (jnp.abs(w) > level).astype(w.dtype), state.mask[p])
         return View(_tree.replace(params.model, kernels), {}, masks), state

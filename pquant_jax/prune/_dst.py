@@ -82,7 +82,7 @@ def dst(
         ramping to the target; fine-tuning freezes exactly the highest |w| - T.
       gain: of that controller, per epoch.
       roles: `inst.roles`, which says what the output channel is; default the last axis.
-      compat: "pquantml" ignores threshold_init (T starts at 0) and resets a layer after any step, not at an epoch's end.
+      compat: "pquantml" ignores threshold_init (T starts at 0) and resets a layer in any forward, not at an epoch's end.
     Raises: TransformError for an unknown granularity or compat, a target outside [0, 1), or a model without kernels.
 
     >>> t = dst(alpha=5e-6)
@@ -107,17 +107,24 @@ def dst(
         hypers = hyper(alpha=alpha, max_sparsity=max_sparsity, target=goal, gain=gain)
         return DSTState(hypers, jnp.asarray(Stage.PRETRAIN, jnp.int32), control(), ones)
 
+    def in_force(params: Params, state: DSTState, stage: Any) -> Params:
+        """What the forward uses: compat resets a layer there and then, and trains on from 0."""
+        return _reset(params, params.model, state.hyper["max_sparsity"], stage == Stage.TRAIN) if reference else params
+
     def apply(params: Params, state: DSTState) -> tuple[View, DSTState]:
-        training, own = state.stage == Stage.TRAIN, _masks(params.model, params.extra["dst"])
+        training = state.stage == Stage.TRAIN
+        own = _masks(params.model, in_force(params, state, state.stage).extra["dst"])
         return masked_view(params.model, {p: jnp.where(training, m, state.mask[p]) for p, m in own.items()}), state
 
-    def step(params: Params, state: DSTState, *, stage: Any, view: View | None = None, **extra: Any) -> tuple[Params, DSTState]:
+    def step(
+        params: Params, state: DSTState, *, stage: Any, previous: Params | None = None, **extra: Any
+    ) -> tuple[Params, DSTState]:
         del extra
-        state = state._replace(stage=jnp.asarray(stage, jnp.int32), control=moved(state.control))
         if reference:
-            when = state.stage == Stage.TRAIN
-            params = _reset(params, entering(params, view).model, state.hyper["max_sparsity"], when)
-        return params, state
+            before = params if previous is None else previous
+            fallen = jax.tree.map(jnp.subtract, before.extra["dst"], in_force(before, state, stage).extra["dst"])
+            params = Params(params.model, {**params.extra, "dst": jax.tree.map(jnp.subtract, params.extra["dst"], fallen)})
+        return params, state._replace(stage=jnp.asarray(stage, jnp.int32), control=moved(state.control))
 
     def boundary(
         params: Params,
@@ -143,7 +150,8 @@ def dst(
 
     def penalty(params: Params, state: DSTState, view: View) -> jax.Array:
         del view
-        total = sum((jnp.sum(jnp.exp(-t)) for t in params.extra["dst"].values()), jnp.zeros((), jnp.float32))
+        thresholds = in_force(params, state, state.stage).extra["dst"]
+        total = sum((jnp.sum(jnp.exp(-t)) for t in thresholds.values()), jnp.zeros((), jnp.float32))
         weight = strength(state.hyper["alpha"], state.control)
         return jnp.where(state.stage == Stage.TRAIN, weight * total, jnp.zeros((), jnp.float32))
 
@@ -158,5 +166,6 @@ def _reset(params: Params, model: Tree, max_sparsity: jax.Array, when: jax.Array
     """T = 0 for every layer whose sparsity has reached the maximum."""
     thresholds = params.extra["dst"]
     collapsed = {p: when & (jnp.mean(1 - m) >= max_sparsity) for p, m in _masks(model, thresholds).items()}
-    reset = {p: jnp.where(collapsed[p], jnp.zeros_like(t), t) for p, t in thresholds.items()}
+    # its gradient is that of T = 0, not none
+    reset = {p: t - jax.lax.stop_gradient(jnp.where(collapsed[p], t, 0)) for p, t in thresholds.items()}
     return Params(params.model, {**params.extra, "dst": reset})

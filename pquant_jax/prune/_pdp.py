@@ -19,6 +19,7 @@ from pquant_jax.prune._targets import (
     Targets,
     check_budget,
     common_target,
+    early_shares,
     needs_of,
     next_fisher,
     no_fisher,
@@ -123,7 +124,8 @@ def pdp(
       budget: "layer", "global" or "fisher", as in `magnitude`; distributed anew before every epoch.
       roles: `inst.roles`, which says what input and output are; default the last axis is the output.
       compat: "pquantml" truncates the count that stays in float32 (19 of 100 at 0.8), fine-tunes with the stored soft mask
-        rounded at 0.5, and ends below the target where the ramp is too short.
+        rounded at 0.5, ends below the target where the ramp is too short, and makes a global budget once, of the magnitudes
+        as pre-training ends.
     Raises: TransformError for a model without kernels, a rule without a match, groups that a kernel can't be cut into, or
       N:M under "pquantml", which has none.
 
@@ -136,6 +138,7 @@ def pdp(
     """
     check_budget(budget)
     check_compat(compat)
+    early = bool(compat) and budget == "global"
     if compat and isinstance(groups, NM):
         raise TransformError(f"groups is {groups}, but PQuantML has no N:M in PDP; leave out compat='pquantml'")
 
@@ -186,7 +189,8 @@ def pdp(
         scores = {p: cut.scores(jnp.abs(kernels[p])) for p, cut in cuts.items()}
         pace = h["epsilon"] if compat else jnp.maximum(h["epsilon"], 1 / jnp.maximum(epochs, 1).astype(jnp.float32))
         part = jnp.where(starts, jnp.minimum(1.0, pace * (epoch + 1).astype(jnp.float32)), state.part)
-        share = shares(budget, cuts, kernels, scores, state.fisher, resolved(state.share, h["sparsity"]))
+        own = early_shares(state.share, kernels, h["sparsity"], event) if early else state.share
+        share = shares("layer" if early else budget, cuts, kernels, scores, state.fisher, resolved(own, h["sparsity"]))
         now = {p: part * v for p, v in share.items()}
         ratio, masks, fresh = {}, {}, soft(kernels, state)
         for p, cut in cuts.items():
@@ -195,6 +199,6 @@ def pdp(
             stored = state.mask[p]
             exact = (stored >= 0.5).astype(stored.dtype) if compat else cut.expand(survivors(cut, scores[p], now[p]))
             masks[p] = jnp.where(final, exact, jnp.where(ends, fresh[p], stored))
-        return params, PDPState(h, jnp.asarray(stage, jnp.int32), part, ratio, state.share, state.fisher, masks)
+        return params, PDPState(h, jnp.asarray(stage, jnp.int32), part, ratio, own, state.fisher, masks)
 
     return Transform("pdp", attach, init, apply, step, boundary, no_penalty, labelled("pdp", "thresholds"), needs_of(budget))

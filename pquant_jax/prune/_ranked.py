@@ -13,6 +13,7 @@ from pquant_jax.prune._targets import (
     Targets,
     check_budget,
     common_target,
+    early_shares,
     needs_of,
     next_fisher,
     no_fisher,
@@ -22,6 +23,7 @@ from pquant_jax.prune._targets import (
 )
 from pquant_jax.transforms import (
     Groups,
+    Layout,
     OfShape,
     entering,
     hyper,
@@ -53,6 +55,12 @@ class RankedState(NamedTuple):
     mask: dict[str, jax.Array]
 
 
+def keep_highest(cut: Layout, w: jax.Array, scores: jax.Array, share: jax.Array) -> jax.Array:
+    """The mask of a kernel that lacks the fraction `share` of its groups, those of the lowest scores."""
+    del w
+    return cut.expand(survivors(cut, scores, share))
+
+
 class Method(NamedTuple):
     """How a method scores.
 
@@ -61,7 +69,8 @@ class Method(NamedTuple):
     score   (path, kernel, seen) -> importance of every weight, not negative, the kernel's shape.
     needs   statistics for `gather`.
     once    the mask is made once and then stands still; begin and end count epochs, and nothing ramps.
-    finish  (kernel, mask) -> mask, the last word on it.
+    choose  (layout, kernel, scores, share) -> mask.
+    early   the budget is that of the magnitudes as pre-training ends, for good.
     """
 
     init: Callable[[dict[str, jax.Array]], Tree]
@@ -69,7 +78,8 @@ class Method(NamedTuple):
     score: Callable[[str, jax.Array, Tree], jax.Array]
     needs: frozenset[str] = frozenset()
     once: bool = False
-    finish: Callable[[jax.Array, jax.Array], jax.Array] = lambda kernel, mask: mask
+    choose: Callable[[Layout, jax.Array, jax.Array, jax.Array], jax.Array] = keep_highest
+    early: bool = False
 
 
 def ranked(
@@ -89,7 +99,7 @@ def ranked(
     groups: also a function of the kernel's shape.
     """
     check_budget(budget)
-    ramps = {} if method.once else {"power": power}
+    ramps, early = {} if method.once else {"power": power}, method.early and budget == "global"
 
     def attach(model: Tree) -> Params:
         layouts(kernels_of(model), groups, roles)
@@ -136,21 +146,21 @@ def ranked(
         h, kernels = state.hyper, kernels_of(entering(params, view).model)
         cuts = layouts(kernels, groups, roles)
         scores = {p: cuts[p].scores(method.score(p, w, state.seen)) for p, w in kernels.items()}
-        share = shares(budget, cuts, kernels, scores, state.fisher, resolved(state.share, h["sparsity"]))
+        own = early_shares(state.share, kernels, h["sparsity"], event) if early else state.share
+        share = shares("layer" if early else budget, cuts, kernels, scores, state.fisher, resolved(own, h["sparsity"]))
         training, final = stage == Stage.TRAIN, event == Event.PRE_FINETUNE
         starts, ends = (event == Event.PRE_EPOCH) & training, (event == Event.POST_EPOCH) & training
         ramp = epoch >= h["end"] if method.once else _ramp(h, (epoch + ends) / jnp.maximum(epochs, 1))
         part = jnp.where(final, 1, jnp.maximum(state.part, ramp)).astype(jnp.float32)
         anew = ends | ((starts | final) & ~(state.settled & (part == state.part)))
         moves = (starts | final) & (state.part == 0) if method.once else anew
-        fresh = {p: cuts[p].expand(survivors(cuts[p], s, share[p] * part)) for p, s in scores.items()}
-        masks = {p: jnp.where(moves & (part > 0), method.finish(kernels[p], fresh[p]), m) for p, m in state.mask.items()}
+        fresh = {p: method.choose(cuts[p], kernels[p], s, share[p] * part) for p, s in scores.items()}
+        masks = {p: jnp.where(moves & (part > 0), fresh[p], m) for p, m in state.mask.items()}
         part = jnp.where(moves, part, state.part)
         begun = jnp.where(event == Event.PRE_EPOCH, starts & (epoch >= h["begin"]), state.open)
         is_open = begun & (part == 0) if method.once else state.open
-        return params, state._replace(
-            stage=jnp.asarray(stage, jnp.int32), part=part, open=is_open, settled=ends | state.settled, mask=masks
-        )
+        now = dict(stage=jnp.asarray(stage, jnp.int32), part=part, open=is_open, settled=ends | state.settled)
+        return params, state._replace(**now, share=own, mask=masks)
 
     needs = method.needs | needs_of(budget)
     return Transform(name, attach, init, apply, step, boundary, no_penalty, labelled(name, "thresholds"), needs)

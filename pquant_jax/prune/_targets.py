@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from pquant_jax import _tree
-from pquant_jax._base import Stats
+from pquant_jax._base import Event, Stats
 from pquant_jax._errors import TransformError, did_you_mean
-from pquant_jax.transforms import Layout, bisect_bits
+from pquant_jax.transforms import Layout, bisect_bits, kth_largest
 
 Targets = float | Mapping[_tree.Where, float]
 BUDGETS = ("layer", "global", "fisher")
@@ -77,6 +77,27 @@ def shares(
     if budget == "fisher":
         scores = {p: cuts[p].scores(jnp.abs(w) * jnp.sqrt(fisher[p])) for p, w in kernels.items()}
     return distribute(cuts, scores, wanted)
+
+
+def early_shares(
+    own: Mapping[str, jax.Array], kernels: Mapping[str, jax.Array], sparsity: jax.Array, event: jax.Array
+) -> dict[str, jax.Array]:
+    """{path: its own target}, set once, as pre-training ends: PQuantML's budget, `magnitude_shares`."""
+    found = magnitude_shares(kernels, sparsity)
+    return {p: jnp.where(event == Event.POST_PRETRAIN, found[p], v) for p, v in own.items()}
+
+
+def magnitude_shares(kernels: Mapping[str, jax.Array], sparsity: jax.Array) -> dict[str, jax.Array]:
+    """{path: sparsity} of one threshold on all |w|, whatever the groups; 1 + trunc((1 - sparsity) * all) weights stay.
+
+    >>> shares = magnitude_shares({"a": jnp.float32([1, 2, 3]), "b": jnp.float32([4, 5])}, jnp.float32(0.5))
+    >>> {p: round(float(v), 3) for p, v in shares.items()}
+    {'a': 0.667, 'b': 0.0}
+    """
+    sizes = {p: jnp.abs(w) for p, w in kernels.items()}
+    flat = jnp.concatenate([v.ravel() for v in sizes.values()])
+    threshold = kth_largest(flat, jnp.minimum(jnp.trunc((1 - sparsity) * flat.size).astype(jnp.int32) + 1, flat.size))
+    return {p: jnp.mean((v < threshold).astype(jnp.float32)) for p, v in sizes.items()}
 
 
 def distribute(

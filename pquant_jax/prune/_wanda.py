@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from pquant_jax._base import AxisRole, Params, Stats, Transform, Tree, View
 from pquant_jax._errors import TransformError
-from pquant_jax.prune._ranked import Method, ranked
-from pquant_jax.prune._targets import Targets, common_target, own_targets, resolved, shares
-from pquant_jax.transforms import NM, Groups, OfShape, check_compat, kernels_of, layouts, survivors
+from pquant_jax.prune._ranked import Method, keep_highest, ranked
+from pquant_jax.prune._targets import Targets, common_target, magnitude_shares, own_targets, resolved, shares
+from pquant_jax.transforms import NM, Groups, Layout, OfShape, check_compat, kernels_of, layouts, survivors
 
 
 def importance(w: jax.Array, square: jax.Array) -> jax.Array:
@@ -49,8 +49,8 @@ def wanda(
       budget: "layer", "global" or "fisher", as in `magnitude`.
       begin, end: epochs of the training stage, begin < end.
       roles: `inst.roles`, which says what input and output are; default the last axis is the output.
-      compat: "pquantml" compares within the whole kernel if it has two axes, *prunes* n of every m, and drops weights that are
-        0 as the mask is made, on top of the target.
+      compat: "pquantml" compares within the whole kernel if it has two axes, *prunes* n of every m, truncates the count that
+        goes and drops weights of 0 on top of it, and makes a global budget once, of the magnitudes as pre-training ends.
     Raises: TransformError for a rule without a match, groups that a kernel can't be cut into, or a kernel of no product.
 
     >>> t = wanda(sparsity=0.5)
@@ -77,9 +77,8 @@ def wanda(
     def score(path: str, w: jax.Array, seen: Tree) -> jax.Array:
         return importance(w, jnp.where(seen["batches"] > 0, seen["square"][path], 1))
 
-    method = Method(init, gather, score, frozenset({"square"}), once=True)
-    if compat:
-        method = method._replace(finish=lambda w, m: m * (w != 0))
+    choose = keep_as_pquantml if compat else keep_highest
+    method = Method(init, gather, score, frozenset({"square"}), once=True, choose=choose, early=bool(compat))
     return ranked(
         "wanda", method, sparsity=sparsity, groups=compared(groups, compat), budget=budget, begin=begin, end=end, roles=roles
     )
@@ -90,10 +89,17 @@ def compared(groups: Groups, compat: str | None) -> OfShape:
 
     def of(shape: tuple[int, ...]) -> Groups:
         if compat and isinstance(groups, NM):
-            return NM(groups.m - groups.n, groups.m)
+            return NM(groups.m - groups.n, groups.m, across=True)
         return "weight" if compat and groups == "row" and len(shape) == 2 else groups
 
     return of
+
+
+def keep_as_pquantml(cut: Layout, w: jax.Array, scores: jax.Array, share: jax.Array) -> jax.Array:
+    """PQuantML's mask: the count of those that go truncates, of equals the first go, and weights of 0 go on top of it."""
+    size = scores.shape[-1] if cut.inside else scores.size
+    whole = share if cut.keep is not None else jnp.trunc(share * size) / size
+    return cut.expand(jnp.flip(survivors(cut, jnp.flip(scores), whole))) * (w != 0)
 
 
 def square_of(path: str, stats: Stats) -> jax.Array:
@@ -154,6 +160,8 @@ def wanda_from_data(
     cuts = layouts(kernels, compared(groups, compat), inst.roles)
     scores = {p: cuts[p].scores(jnp.broadcast_to(importance(w, mean[p]), w.shape)) for p, w in kernels.items()}
     wanted = resolved(own_targets(sparsity, kernels), jnp.float32(common_target(sparsity)))
-    share = shares(budget, cuts, kernels, scores, {}, wanted)
-    masks = {p: cuts[p].expand(survivors(cuts[p], s, share[p])) for p, s in scores.items()}
-    return {p: m * (kernels[p] != 0) for p, m in masks.items()} if compat else masks
+    share, choose = shares(budget, cuts, kernels, scores, {}, wanted), keep_highest
+    if compat:
+        share = magnitude_shares(kernels, jnp.float32(common_target(sparsity))) if budget == "global" else share
+        choose = keep_as_pquantml
+    return {p: choose(cuts[p], kernels[p], s, share[p]) for p, s in scores.items()}

@@ -25,10 +25,14 @@ NAMES: Final = ("weight", "row", "in", "out", "filter", "head", "layer")
 
 @dataclass(frozen=True)
 class NM:
-    """N:M sparsity: of every `m` weights in a row along the input, the `n` largest stay."""
+    """N:M sparsity: of every `m` weights in a row along the input, the `n` largest stay.
+
+    across: PQuantML's rows, those of the kernel written out as (out, in, positions), whose blocks reach into the next output.
+    """
 
     n: int
     m: int
+    across: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,10 +122,13 @@ def layout(path: str, shape: tuple[int, ...], groups: Groups = "weight", roles: 
             return Layout(lambda w: w, lambda v: v, np.ones(shape, np.int32))
         case "row":
             return replace(_rows_of(shape, order, flat, flat[1], flat[1]), keep=None, inside=True)
-        case NM(n, m):
+        case NM(n, m, across):
             if not 0 < n <= m:
                 raise TransformError(f"{path}: NM(n={n}, m={m}) keeps n of every m, expected 0 < n <= m")
-            return _rows_of(shape, order, flat, m, n)
+            if across:
+                positions = order[len(role.out_axes) :]  # in front of the input channel, unless the output is first
+                order = order if 0 in role.out_axes else (*role.out_axes, positions[-1], *positions[:-1])
+            return _rows_of(shape, order, (1, math.prod(shape)) if across else flat, m, n)
         case Block(h, w):
             return _blocks(path, shape, order, flat, (w, h))
         case Cross(h, w):

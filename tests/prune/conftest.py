@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from pathlib import Path
+
 import jax.numpy as jnp
 import pytest
 
@@ -34,3 +38,14 @@ def tell():
 def train(tell):
     """The state of a method at the start of an epoch of the training stage."""
     return lambda t, params, **extra: tell(t, params, t.init(params), Event.PRE_EPOCH, **extra)[1]
+
+
+@pytest.fixture(scope="session")
+def pquantml():
+    """golden/pquantml_player.py: what PQuantML answered, and how our methods are asked the same."""
+    path = Path(__file__).parents[1] / "golden" / "pquantml_player.py"
+    spec = importlib.util.spec_from_file_location("pquantml_player", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
