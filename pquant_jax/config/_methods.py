@@ -18,12 +18,15 @@ from pquant_jax import constrain, prune
 from pquant_jax.config._fields import AtLeastOne, Float, Fraction, NotNegative, Positive, Section, Where, number, short
 
 metrics = constrain.metrics
-_PRUNING = (prune.ap, prune.autosparse, prune.cs, prune.dst, prune.magnitude, prune.pdp, prune.random, prune.wanda)
 _METRICS = (
     metrics.sparsity, metrics.group_sparsity, metrics.dsp_sparsity, metrics.bram_sparsity, metrics.nm_violation,
     metrics.ebops, constrain.patterns,
 )  # fmt: skip
-METHODS: Final[Mapping[str, Callable]] = {factory.__name__: factory for factory in _PRUNING}
+METHODS: Final[Mapping[str, Callable]] = {
+    name: factory
+    for name, factory in vars(prune).items()
+    if inspect.isfunction(factory) and factory.__annotations__["return"] == "Transform" and factory is not prune.frozen
+}  # masks found elsewhere can't be written down
 METRICS: Final[Mapping[str, Callable]] = {factory.__name__: factory for factory in _METRICS}
 FILLED: Final = ("roles", "cost", "seed")  # arguments that the model or the experiment gives
 

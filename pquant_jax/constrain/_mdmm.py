@@ -106,7 +106,8 @@ def mdmm(
 
     def init(params: Params) -> MDMMState:
         epsilon = prunes if isinstance(prunes, (int, float)) else 0.0
-        hypers = hyper(target=target, scale=scale, damping=damping, epsilon=epsilon, **({"rate": rate} if by_rate else {}))
+        advance = {"rate": rate} if reference and rate is not None else {}
+        hypers = hyper(target=target, scale=scale, damping=damping, epsilon=epsilon, **advance)
         ones = jax.tree.map(jnp.ones_like, _masks_of(prunes, params.model, hypers["epsilon"]))
         stage = jnp.asarray(Stage.PRETRAIN, jnp.int32)
         return MDMMState(hypers, stage, jnp.zeros(measured.shape(params.model), jnp.float32), ones)
