@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr
 
 from pquant_jax import _tree
 from pquant_jax._base import KIF, Tree, View
 from pquant_jax._errors import TraceError
-from pquant_jax.graph._axes import POOLS, Axis, Linked, Links, Sink, link
+from pquant_jax.graph._axes import Axis, Linked, Links, Sink, link
+from pquant_jax.graph._constants import constants, nonzero
+from pquant_jax.graph._fold import folded
 from pquant_jax.graph._instrument import Instrumented
-from pquant_jax.graph._interpret import ELEMENTWISE, PRODUCTS, Const, bind, flatten, inner
+from pquant_jax.graph._interpret import Const, bind, flatten, inner
 from pquant_jax.graph._models import Model
-from pquant_jax.numerics import mask_p, quantize_p, total_bits
-
-_MOVES: Final = frozenset("reshape transpose squeeze broadcast_in_dim slice rev concatenate".split())
-_REDUCE: Final = frozenset({"reduce_sum", "reduce_max", "reduce_min"})
 
 Cut = tuple[np.ndarray | None, ...]  # per axis the indices that stay, None for all
 
@@ -43,9 +40,9 @@ def shrink(inst: Instrumented, view: View, model_state: Tree = None) -> Shrunk:
 
     A channel is what an axis of a kernel shares with biases, normalisations, activations and the next kernels; it goes
     if in every product and sum over it one factor is always 0, in the quantized inference forward.  What reads
-    positions (a concatenation, the heads in a reshape, inputs and outputs) keeps its size, and a neuron that is a
-    constant other than 0 stays (the netlist folds it into the next bias, `lower.remove_dead`).  One channel of each
-    axis is kept.
+    positions (a concatenation, the heads in a reshape, inputs and outputs) keeps its size.  A neuron that is a constant
+    c other than 0 goes as well where c * w can be added to the next bias exactly; elsewhere (no bias, BatchNorm in
+    between, a kernel used twice) it stays.  One channel of each axis is kept.
 
     The outputs of `instrument(shrunk.model, x)` on `shrunk.view` are those of `inst` on `view` bit for bit while each
     accumulator fits float32's 24 bits, which lowering checks: leaving out zeros may change the order of a sum, and
@@ -59,6 +56,7 @@ def shrink(inst: Instrumented, view: View, model_state: Tree = None) -> Shrunk:
       model_state: as for `inst.forward`; default the model's own.
     Raises: TraceError, from the small forward with train=True, if training reads positions that inference does not.
 
+    >>> import jax.numpy as jnp
     >>> from pquant_jax.graph import from_function, instrument
     >>> p = {"w": jnp.float32([[1, 0], [2, 0]]), "v": jnp.float32([[3], [4]])}
     >>> inst = instrument(from_function(lambda p, x: jax.nn.relu(x @ p["w"]) @ p["v"], p), jnp.ones((1, 2)))
@@ -74,12 +72,14 @@ def shrink(inst: Instrumented, view: View, model_state: Tree = None) -> Shrunk:
         return inst.forward(View(leaves["params"], sites, view.masks), leaves["state"], x, train=False)
 
     linked = _linked(links, run, (leaves, view.sites, inst.sample))[0]
+    view = folded(linked.program, view, state, inst.sample)
+    leaves = {"params": view.model, "state": state}
     _linked(links, partial(_run, inst.model, train=False), (_structs(leaves), None, inst.sample))
     paths = _tree.flatten(leaves)
     owned = links.classes(((0, path), d) for path, leaf in paths.items() for d in range(np.ndim(leaf)))
     ports = {((2, path), d) for path, v in _tree.flatten(inst.sample).items() for d in range(np.ndim(v))}
     whole = links.classes(links.pins | links.born | ports)
-    kept = _kept(links, linked.sinks, _there(linked, (leaves, view.sites), inst.sample), owned - whole)
+    kept = _kept(links, linked.sinks, _there(linked, leaves, view.sites, inst.sample), owned - whole)
 
     def cuts(name: Any, rank: int) -> Cut:
         return tuple(kept.get(links.find((name, d))) for d in range(rank))
@@ -179,58 +179,10 @@ def _reaches(links: Links, axes: Sequence[Axis], factor: np.ndarray, over: Axis,
     return np.any(factor, tuple(d for d, axis in enumerate(axes) if axis != over))
 
 
-def _there(linked: Linked, leaves: tuple, sample: Any) -> list[list[np.ndarray]]:
+def _there(linked: Linked, leaves: Tree, sites: Tree, sample: Any) -> list[list[np.ndarray]]:
     """Per sink and factor, where it is not 0 for every input."""
-
-    @jax.jit
-    def run(values: Sequence[Any], x: Any) -> list[list[Any]]:
-        env = [(v, jnp.zeros(jnp.shape(v), bool)) for v in values]
-        env += [(v, jnp.ones(jnp.shape(v), bool)) for v in jax.tree.leaves(x)]
-        known = dict(zip(linked.program.inputs, env, strict=True))
-
-        def read(v: int | Const) -> tuple[Any, Any]:
-            return (v.value, jnp.zeros(jnp.shape(v.value), bool)) if isinstance(v, Const) else known[v]
-
-        for step in linked.program.steps:
-            ins = [read(v) for v in step.ins]
-            outs = bind(step.eqn, [v for v, _ in ins])
-            varies = _varies(step.eqn, ins, outs)
-            known.update((slot, (o, varies)) for slot, o in zip(step.outs, outs, strict=True))
-        return [[_nonzero(*read(v)) for v in sink.factors] for sink in linked.sinks]
-
-    return jax.tree.map(np.asarray, run(jax.tree.leaves(leaves), sample))
-
-
-def _nonzero(value: Any, varies: Any) -> Any:
-    return varies | (jnp.asarray(value) != 0)
-
-
-def _varies(eqn: Any, ins: Sequence[tuple[Any, Any]], outs: Sequence[Any]) -> Any:
-    """Which elements of the (first) result depend on the input."""
-    name, shape = eqn.primitive.name, jnp.shape(outs[0])
-    flags = [v for _, v in ins]
-    if name in PRODUCTS:
-        (a, va), (b, vb) = ins
-        pairs = ((va, _nonzero(b, vb)), (_nonzero(a, va), vb))
-        sums = [bind(eqn, [x.astype(jnp.float32), y.astype(jnp.float32)])[0] for x, y in pairs]
-        return sums[0] + sums[1] > 0
-    if name in _MOVES:
-        return bind(eqn, flags)[0]
-    if name in POOLS:
-        return bind(eqn, [flags[0].astype(outs[0].dtype)])[0] != 0
-    if name in _REDUCE:
-        return jnp.any(flags[0], eqn.params["axes"])
-    if name not in ELEMENTWISE or len(outs) > 1:
-        return jnp.full(shape, jnp.any(jnp.stack([jnp.any(v) for v in flags])) if flags else False)
-    if eqn.primitive is mask_p or name == "mul":
-        return flags[0] & _nonzero(*ins[1]) | flags[1] & _nonzero(*ins[0])
-    varies = jnp.zeros(shape, bool)
-    for v in flags:
-        varies = varies | v
-    if eqn.primitive is quantize_p:
-        k, i, f = (v for v, _ in ins[1:])
-        varies = varies & (total_bits(KIF(k, i, f)) > 0)
-    return varies
+    found = iter(constants(linked.program, (leaves, sites), sample, [v for sink in linked.sinks for v in sink.factors]))
+    return [[np.asarray(nonzero(*next(found))) for _ in sink.factors] for sink in linked.sinks]
 
 
 def _replay(

@@ -12,7 +12,7 @@ import numpy as np
 
 from pquant_jax._errors import LoweringError
 from pquant_jax.lower.ir import Graph, Node, consumers, label
-from pquant_jax.numerics.oracle import quantize, round_codes
+from pquant_jax.numerics.oracle import least_f, quantize, round_codes
 
 _NO_GRID: Final = -(1 << 20)  # the f of an exact zero, which lies on every grid
 ACCUMULATORS: Final = ("dot", "sum", "add", "sub", "mul")
@@ -41,18 +41,6 @@ def intervals(graph: Graph) -> list[Interval]:
         own = _interval(node, [known[j] for j in node.inputs])
         known.append(Interval(*map(np.asarray, own)))  # numpy makes numbers of arrays without axes
     return known
-
-
-def least_f(values: np.ndarray) -> np.ndarray:
-    """The smallest f, int64, with `values * 2^f` an integer; 0 for the value 0.
-
-    >>> least_f(np.array([0.75, 6.0, 0.0, 1.0])).tolist()
-    [2, -1, 0, 0]
-    """
-    mantissa, exponent = np.frexp(np.asarray(values, np.float64))
-    codes = np.ldexp(mantissa, 53).astype(np.int64)
-    trailing = np.frexp((codes & -codes).astype(np.float64))[1] - 1  # a power of two: exact
-    return np.where(codes == 0, 0, 53 - exponent - trailing).astype(np.int64)
 
 
 def _interval(node: Node, ins: list[Interval]) -> Interval:

@@ -74,3 +74,15 @@ def quantize(x, k, i, f, *, rounding: str = "RND", overflow: str = "SAT") -> np.
 
 def _whole(v) -> np.ndarray:
     return np.rint(np.asarray(v)).astype(np.int64)
+
+
+def least_f(values: np.ndarray) -> np.ndarray:
+    """The smallest f, int64, with `values * 2^f` an integer; 0 for the value 0.
+
+    >>> least_f(np.array([0.75, 6.0, 0.0, 1.0])).tolist()
+    [2, -1, 0, 0]
+    """
+    mantissa, exponent = np.frexp(np.asarray(values, np.float64))
+    codes = np.ldexp(mantissa, 53).astype(np.int64)
+    trailing = np.frexp((codes & -codes).astype(np.float64))[1] - 1  # a power of two: exact
+    return np.where(codes == 0, 0, 53 - exponent - trailing).astype(np.int64)

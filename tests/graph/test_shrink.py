@@ -77,15 +77,61 @@ def test_frameworks_with_batchnorm_and_a_residual(four, common_name, view_at, na
     np.testing.assert_array_equal(kept[0], [0, 1, 4, 6, 7])
 
 
-def test_a_neuron_that_is_a_constant_stays(view_at):
-    """Its bias is positive: what it adds is part of the outputs."""
-    p = layers(6, 8, 3)
+def changed_biases(view, small):
+    before, after = _tree.flatten(view.model), _tree.flatten(small.model.params)
+    return [n for n, v in after.items() if n.endswith("b") and n not in small.kept and not np.array_equal(v, before[n])]
+
+
+def constant_neurons(*widths):
+    """Neuron 1 of the first layer is 0.5 for every input, neuron 2 is 0."""
+    p = layers(*widths)
     p["l0"]["w"][:, [1, 2]] = 0
     p["l0"]["b"][[1, 2]] = [0.5, -0.5]
-    inst = pq.instrument(pq.from_function(mlp, p), X[:1])
-    small = same_outputs(inst, view_at(inst, 3, 4))
-    np.testing.assert_array_equal(small.kept["l1/w"][0], [0, 1, 3, 4, 5, 6, 7])
-    assert small.kept["l1/w"][1] is None and "l1/b" not in small.kept
+    return p
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_constant_neuron_goes_into_the_next_bias(view_at, transposed):
+    p = constant_neurons(6, 8, 8, 3)
+
+    def forward(p, x):
+        return mlp({n: {"w": v["w"].T, "b": v["b"]} for n, v in p.items()} if transposed else p, x)
+
+    if transposed:
+        p = {n: {"w": v["w"].T, "b": v["b"]} for n, v in p.items()}
+    inst = pq.instrument(pq.from_function(forward, p), X[:1])
+    view = view_at(inst, 3, 4)
+    small = same_outputs(inst, view)
+    if transposed:  # a kernel that is transposed first is no plain parameter of a product
+        assert shapes(small.model.params)["l1/w"] == (8, 7)
+        return
+    assert shapes(small.model.params)["l1/w"] == (6, 8)
+    bias, w = (np.asarray(view.model["l1"][n]) for n in "bw")
+    np.testing.assert_array_equal(small.model.params["l1"]["b"], bias + 0.5 * w[1])
+    fmt = small.view.sites["l1/b"]
+    np.testing.assert_array_equal(pq.numerics.quantize(small.model.params["l1"]["b"], fmt), small.model.params["l1"]["b"])
+
+
+@pytest.mark.parametrize("why", ["no bias", "twice", "float"])
+def test_a_constant_neuron_stays_where_it_can_not_be_moved_exactly(view_at, float_view, why):
+    p = constant_neurons(6, 8, 8)
+    p["l2"] = layers(8, 3)["l0"]
+
+    def forward(p, x):
+        h = jax.nn.relu(dense(p["l0"], x))
+        h = jax.nn.relu(h @ p["l1"]["w"] + (0 if why == "no bias" else p["l1"]["b"]))
+        return dense(p["l2"], h + jax.nn.relu(h @ p["l1"]["w"]) if why == "twice" else h)
+
+    if why == "no bias":
+        del p["l1"]["b"]
+    p["l0"]["b"][1] = 0.3  # no few bits of a float
+    inst = pq.instrument(pq.from_function(forward, p), X[:1])
+    view = float_view(inst) if why == "float" else view_at(inst, 3, 4)
+    small = pq.shrink(inst, view)
+    wanted = (8, 8) if why == "twice" else (7, 8)
+    assert shapes(small.model.params)["l1/w"] == wanted
+    if why != "float":
+        same_outputs(inst, view)
 
 
 def test_a_constant_that_rounds_to_zero_goes(view_at):
@@ -94,9 +140,10 @@ def test_a_constant_that_rounds_to_zero_goes(view_at):
     inst = pq.instrument(pq.from_function(mlp, p), X[:1])
     view = view_at(inst, 3, 4)
     coarse = pq.kif(0.0, jnp.full((8,), 3), jnp.full((8,), 1))
-    assert shapes(same_outputs(inst, view).model.params)["l0/w"] == (6, 8)
+    assert "l1/b" in changed_biases(view, same_outputs(inst, view))
     small = same_outputs(inst, view._replace(sites={**view.sites, "l1/input": coarse}))
     assert shapes(small.model.params)["l0/w"] == (6, 7)
+    assert not changed_biases(view, small)
 
 
 def test_dead_channels_make_others_dead(view_at):
