@@ -56,7 +56,9 @@ emulator has confirmed.
   pquant-jax predict runs/jets_hgq data.npz -o out.npz
 """
 SCHEMA: Final = """
-Print the JSON schema of a configuration file: every key with its type, default and meaning.
+Print the JSON schema of a configuration file: every key with its type, default and meaning.  The sections of methods are
+pruning (ap, autosparse, cs, dst, magnitude, pdp, random, wanda), constraints (MDMM on sparsity, group_sparsity, dsp_sparsity,
+bram_sparsity, nm_violation, ebops, patterns or a function), quantization (fixed, hgq) and search (fitcompress, hawq).
 
   pquant-jax schema > experiment.schema.json
 """

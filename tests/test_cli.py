@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import yaml
 import pquant_jax as pq
 from pquant_jax import config
 from pquant_jax.cli import main
+from pquant_jax.config import _methods
 
 COMMANDS = ("run", "resume", "lower", "verify", "report", "predict", "schema", "doctor")
 
@@ -120,6 +122,13 @@ def test_no_command_and_unknown_command(capsys):
     assert cli(capsys)[0] == 2
     assert cli(capsys, "trian")[0] == 2
     assert cli(capsys, "verify", "runs/x", "--vectors", "0")[0] == 2
+
+
+def test_the_schema_and_its_help_know_every_method(capsys):
+    names = {*_methods.METHODS, *_methods.METRICS, *_methods.SEARCHES}
+    for arguments in (["schema"], ["schema", "--help"]):
+        _, out, _ = cli(capsys, *arguments)
+        assert not {name for name in names if not re.search(rf"\b{name}\b", out)}
 
 
 def test_schema_is_the_configurations(capsys):

@@ -93,6 +93,14 @@ def _arguments(experiment, prepared, *, monkeypatch, **_):
     return calls
 
 
+def _search(experiment, prepared, *, monkeypatch, **_):
+    calls: list[Any] = []
+    for name, factory in _methods.SEARCHES.items():
+        monkeypatch.setitem(_methods.SEARCHES, name, functools.wraps(factory)(lambda **arguments: calls.append(arguments)))
+    config.search(experiment, None, None, None, None)
+    return [{k: _plainly(v) for k, v in sorted(arguments.items())} for arguments in calls]
+
+
 def _stats(prepared) -> dict[str, Any]:
     return {"range": {n: (np.zeros(s.shape), np.ones(s.shape)) for n, s in prepared.inst.sites.items()}}
 
@@ -252,6 +260,25 @@ METRICS = {
     "beta": 0.5,
     "distance": "cosine",
 }
+SEARCHES = {
+    "ratio": 0.1,
+    "ebops": 1000,
+    "bops": 1000,
+    "size": 1000,
+    "latency": 9,
+    "widths": [4, 3],
+    "sparsities": [0.5],
+    "biases": 6,
+    "limit": 1,
+    "greedy": False,
+    "approximate": False,
+    "strength": 0.5,
+    "samples": 99,
+    "batch_size": 33,
+    "probes": 3,
+    "compat": "pquantml",
+    "where": "Dense_0/.*",
+}
 NEEDED = {"group_sparsity": {"groups": "out"}, "dsp_sparsity": {"reuse": 4}, "bram_sparsity": {"reuse": 4, "precision": 9},
           "nm_violation": {"n": 1, "m": 4}, "patterns": {"block": {"h": 1, "w": 2}}}  # fmt: skip
 
@@ -281,6 +308,11 @@ def _methods_table() -> dict[str, tuple[Any, Any, list[str]]]:
             metric = {"name": name, "groups": groups}
             setting = f"constraints={json.dumps([{**SPARSITY, 'metric': metric}])}"
             table[f"constraints.metric.{name}.groups.{key}"] = (value, _arguments, [setting])
+    for name, section in _methods.FOUND.items():
+        setting = ["pruning=null", f"search={json.dumps({'method': name})}"]
+        for key in section.model_fields.keys() & SEARCHES.keys():
+            table[f"search.{name}.{key}"] = (SEARCHES[key], _search, setting)
+        table[f"search.{name}.activations"] = ([4, 6] if name == "hawq" else 6, _search, setting)
     return table
 
 
@@ -381,7 +413,11 @@ def test_the_table_of_effects_has_every_key():
 def test_every_key_changes_something(key, prepared, tmp_path, monkeypatch):
     value, effect, setting = EFFECTS[key]
     parts = key.split(".")
-    parts = [p for n, p in enumerate(parts) if (parts[0], n) not in (("pruning", 1), ("quantization", 1), ("constraints", 2))]
+    parts = [
+        p
+        for n, p in enumerate(parts)
+        if (parts[0], n) not in (("pruning", 1), ("quantization", 1), ("search", 1), ("constraints", 2))
+    ]
     path = ".".join(p + ".0" if p in ("rules", "constraints") else p for p in parts)
     monkeypatch.chdir(tmp_path)
     Path("effect_net.py").write_text(OWN)

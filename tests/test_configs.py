@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -9,10 +11,15 @@ import numpy as np
 import pytest
 
 from pquant_jax import config, run, train
+from pquant_jax.run._files import read_records
+from pquant_jax.run._log import make_log
 from pquant_jax.run._prepare import prepare, prepare_data
+from pquant_jax.run._training import fit_compressed
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
-METHODS = {"ap", "autosparse", "cs", "dst", "magnitude", "mdmm", "nm", "paca", "pdp", "pnorm", "random", "wanda"}
+METHODS = {
+    "ap", "autosparse", "cs", "dst", "fitcompress", "hawq", "magnitude", "mdmm", "nm", "paca", "pdp", "pnorm", "random", "wanda",
+}  # fmt: skip
 SMALL = (
     "data.n=500",
     "model.args={hidden: [8]}",
@@ -23,6 +30,13 @@ SMALL = (
     "training.float_baseline=false",
     "hardware.lower=false",
 )
+
+
+def small(path: Path) -> config.Experiment:
+    """A search comes behind pre-training, and with a goal that the small model can reach."""
+    goals = {"jets_fitcompress": "search.ratio=0.2", "jets_hawq": "search.ebops=6000"}
+    searched = ["training.epochs={pretrain: 1, train: 0, finetune: 1}", goals[path.stem]] if path.stem in goals else []
+    return config.load(path, [*SMALL, *searched])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,26 +57,44 @@ def test_every_method_has_one():
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_two_epochs(path, data):
-    experiment = config.load(path, SMALL)
+def test_two_epochs(path, data, tmp_path):
+    experiment = small(path)
+    stages = ["train", "finetune"] if experiment.search is None else ["pretrain", "finetune"]
     made = prepare(experiment, data)
-    result = train.fit(
-        made.inst,
-        data,
-        loss=made.loss,
-        metric=made.metric,
-        plan=made.plan,
-        compression=made.compression,
-        optimizer=config.optimizer(experiment, made.compression, made.steps),
-        batch_size=experiment.training.batch_size,
-        seed=experiment.seed,
-    )
-    assert [r["stage"] for r in result.history] == ["train", "finetune"] and result.traces == 1
-    assert all(np.isfinite(r["val_loss"]) for r in result.history)
+    if experiment.search is not None:
+        _, result = fit_compressed(made, tmp_path, make_log(quiet=True), resume=False)
+        history = read_records(tmp_path / "metrics.jsonl")
+        assert json.loads((tmp_path / "search.json").read_text())["bits"].keys() == made.inst.sites.keys()
+    else:
+        tx = config.optimizer(experiment, made.compression, made.steps)
+        parts = dict(plan=made.plan, compression=made.compression, optimizer=tx, loss=made.loss, metric=made.metric)
+        result = train.fit(made.inst, data, batch_size=experiment.training.batch_size, **parts)
+        history = result.history
+    assert [(r["epoch"], r["stage"]) for r in history] == list(enumerate(stages)) and result.traces == 1
+    assert all(np.isfinite(r["val_loss"]) for r in history)
+
+
+@pytest.mark.slow
+def test_an_interrupted_search_goes_on_to_the_same_bits(tmp_path):
+    """Stopped behind pre-training: the search is done again, from the same weights."""
+    setting = [*SMALL, "name=whole", "training.epochs={pretrain: 2, train: 2, finetune: 1}", "search.ratio=0.2"]
+    path = next(p for p in CONFIGS if p.stem == "jets_fitcompress")
+    run.run(config.load(path, setting), root=tmp_path, quiet=True)
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    for name in ("summary.json", "final.npz", "search.json"):
+        (tmp_path / "part" / name).unlink()
+    shutil.rmtree(tmp_path / "part" / "checkpoints" / "model")
+    run.resume(tmp_path / "part", quiet=True)
+    finals = [np.load(tmp_path / name / "final.npz") for name in ("whole", "part")]
+    assert finals[0].files == finals[1].files
+    for key in finals[0].files:
+        np.testing.assert_array_equal(finals[0][key], finals[1][key])
+    records = [read_records(tmp_path / name / "metrics.jsonl") for name in ("whole", "part")]
+    assert [r["val_loss"] for r in records[0]] == [r["val_loss"] for r in records[1]] and len(records[0]) == 5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_a_whole_run(path, tmp_path):
-    summary = run.run(config.load(path, SMALL), root=tmp_path, quiet=True)
+    summary = run.run(small(path), root=tmp_path, quiet=True)
     assert summary["epochs"] == 2 and (tmp_path / path.stem / "report.html").is_file()

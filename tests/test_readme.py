@@ -1,4 +1,4 @@
-"""The README's Python runs, and every file it links exists."""
+"""The Python of README and docs/pruning.md runs, the YAML parses, and every file they link exists."""
 
 from __future__ import annotations
 
@@ -7,20 +7,30 @@ from pathlib import Path
 
 import pytest
 
+from pquant_jax import config
+
 ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "docs/pruning.md")}
+BLOCKS = [(name, code) for name, text in PAGES.items() for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+YAML = [code for text in PAGES.values() for code in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+INLINE = re.findall(r"`((?:pruning|search|quantization): \{.*?\})`", "".join(PAGES.values()))
+LINKS = [(name, link) for name, text in PAGES.items() for link in re.findall(r"\]\((?!http)([^)#]+)\)", text)]
 
 
 def test_there_is_code():
-    assert BLOCKS
+    assert {name for name, _ in BLOCKS} == set(PAGES) and YAML and INLINE
 
 
-@pytest.mark.parametrize("code", BLOCKS)
-def test_code_runs(code):
-    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+@pytest.mark.parametrize(("name", "code"), BLOCKS)
+def test_code_runs(name, code):
+    exec(compile(code, name, "exec"), {"__name__": "readme"})
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)\)", TEXT))
-def test_links_exist(link):
-    assert (ROOT / link).exists()
+@pytest.mark.parametrize("code", [*YAML, *INLINE])
+def test_configurations_parse(code):
+    config.parse(config.read_yaml(code, "documentation"))
+
+
+@pytest.mark.parametrize(("name", "link"), LINKS)
+def test_links_exist(name, link):
+    assert ((ROOT / name).parent / link).exists()

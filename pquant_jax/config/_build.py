@@ -83,42 +83,46 @@ def plan(experiment: Experiment) -> train.Plan:
     return made
 
 
-def rate(section: Rate, steps: int) -> optax.Schedule:
-    """The learning rate as a function of the optimizer step, over `steps` steps of all stages together."""
+def rate(section: Rate, steps: int, first: int = 0) -> optax.Schedule:
+    """The learning rate as a function of the optimizer step, over `steps` steps of all stages together.
+
+    first: steps that another optimizer has done before.
+    """
     end = section.end or 0.0
+    made = optax.constant_schedule(section.start)
     if section.schedule == "cosine":
-        return optax.cosine_decay_schedule(section.start, max(steps, 1), alpha=end / section.start)
+        made = optax.cosine_decay_schedule(section.start, max(steps, 1), alpha=end / section.start)
     if section.schedule == "linear":
-        return optax.linear_schedule(section.start, end, max(steps, 1))
-    return optax.constant_schedule(section.start)
+        made = optax.linear_schedule(section.start, end, max(steps, 1))
+    return made if not first else lambda count: made(count + first)
 
 
-def weights_optimizer(experiment: Experiment, steps: int) -> optax.GradientTransformation:
+def weights_optimizer(experiment: Experiment, steps: int, first: int = 0) -> optax.GradientTransformation:
     """The optimizer of the model's parameters: also the float baseline's."""
     t = experiment.training
     if t.optimizer == "adamw":
-        return optax.adamw(rate(t.learning_rate, steps), weight_decay=t.weight_decay)
-    return _plain(t.optimizer, rate(t.learning_rate, steps))
+        return optax.adamw(rate(t.learning_rate, steps, first), weight_decay=t.weight_decay)
+    return _plain(t.optimizer, rate(t.learning_rate, steps, first))
 
 
-def optimizer(experiment: Experiment, made: Transform | None, steps: int) -> optax.GradientTransformation:
+def optimizer(experiment: Experiment, made: Transform | None, steps: int, first: int = 0) -> optax.GradientTransformation:
     """`pq.optimizer` with a rate of its own for bit-widths, thresholds and multipliers where the configuration gives one."""
-    t, weights = experiment.training, _sparsifying(experiment, steps)
+    t, weights = experiment.training, _sparsifying(experiment, steps, first)
     if made is None:
         return weights
     rates = {"bits": t.bits_learning_rate, "thresholds": t.threshold_learning_rate}
     # no weight decay on bits and thresholds: 0 bits or a threshold of 0 is not a neutral value
-    others = {k: _plain(t.optimizer, rate(v or t.learning_rate, steps)) for k, v in rates.items()}
-    duals = optax.sgd(rate(t.multiplier_learning_rate, steps))
+    others = {k: _plain(t.optimizer, rate(v or t.learning_rate, steps, first)) for k, v in rates.items()}
+    duals = optax.sgd(rate(t.multiplier_learning_rate, steps, first))
     return transforms.optimizer(made, weights=weights, duals=duals, **others)
 
 
-def _sparsifying(experiment: Experiment, steps: int) -> optax.GradientTransformation:
+def _sparsifying(experiment: Experiment, steps: int, first: int) -> optax.GradientTransformation:
     """The weights' optimizer with what `training.pnorm_decay` adds, on kernels: a bias of 0 would stay 0."""
-    made, decay = weights_optimizer(experiment, steps), experiment.training.pnorm_decay
+    made, decay = weights_optimizer(experiment, steps, first), experiment.training.pnorm_decay
     if decay is None:
         return made
-    link = transforms.pnorm_decay(rate(experiment.training.learning_rate, steps), **decay.model_dump())
+    link = transforms.pnorm_decay(rate(experiment.training.learning_rate, steps, first), **decay.model_dump())
     return optax.chain(made, optax.masked(link, lambda params: jax.tree.map(lambda w: _tree.is_kernel("", w), params)))
 
 

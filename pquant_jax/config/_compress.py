@@ -9,7 +9,8 @@ from typing import Any
 from pquant_jax import _tree, constrain, quantize, transforms
 from pquant_jax._base import SiteSpec, Transform
 from pquant_jax._errors import ConfigError, did_you_mean
-from pquant_jax.config._methods import METHODS, METRICS, Block, Constraint, Groups, Section, arguments_of
+from pquant_jax.config._build import loss
+from pquant_jax.config._methods import METHODS, METRICS, SEARCHES, Block, Constraint, Groups, Section, arguments_of
 from pquant_jax.config._names import named
 from pquant_jax.config._schema import HGQ, Bits, Experiment, Fixed, Rule
 from pquant_jax.graph import Instrumented
@@ -19,8 +20,12 @@ Masks = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 def compresses(experiment: Experiment) -> bool:
     """Is the trained model another one than the float baseline's?"""
-    sections = (experiment.pruning, experiment.constraints, experiment.quantization, experiment.training.pnorm_decay)
-    return any(sections)
+    return any((experiment.pruning, experiment.constraints, experiment.training.pnorm_decay, quantizes(experiment)))
+
+
+def quantizes(experiment: Experiment) -> bool:
+    """Has the trained model a fixed-point format everywhere?"""
+    return experiment.quantization is not None or experiment.search is not None
 
 
 def compression(experiment: Experiment, inst: Instrumented) -> Transform | None:
@@ -45,6 +50,14 @@ def _pruning(experiment: Experiment, inst: Instrumented) -> Transform | None:
     where = section.where
     _check_where("pruning.where", where, inst)
     return transforms.masked(made, lambda path, leaf: _tree.is_kernel(path, leaf) and _tree.matches(where, path))
+
+
+def search(experiment: Experiment, inst: Instrumented, params: Any, data: Any, model_state: Any) -> Any:
+    """What the search of `search` finds for trained parameters: masks, formats and figures."""
+    section: Any = experiment.search
+    rules = {"where": section.where} if getattr(section, "where", None) is not None else {}
+    given = {"inst": inst, "params": params, "data": data, "model_state": model_state, "loss": loss(experiment)}
+    return _called(SEARCHES[section.method], section, **given, seed=experiment.seed, **rules)
 
 
 def _called(factory: Callable, section: Section, **offered: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple, Se
 
 from pydantic import BeforeValidator, Field, create_model, model_validator
 
-from pquant_jax import constrain, prune
+from pquant_jax import constrain, prune, search
 from pquant_jax.config._fields import AtLeastOne, Float, Fraction, NotNegative, Positive, Section, Where, number, short
 
 metrics = constrain.metrics
@@ -28,7 +28,9 @@ METHODS: Final[Mapping[str, Callable]] = {
     if inspect.isfunction(factory) and factory.__annotations__["return"] == "Transform" and factory is not prune.frozen
 }  # masks found elsewhere can't be written down
 METRICS: Final[Mapping[str, Callable]] = {factory.__name__: factory for factory in _METRICS}
-FILLED: Final = ("roles", "cost", "seed")  # arguments that the model or the experiment gives
+SEARCHES: Final[Mapping[str, Callable]] = {factory.__name__: factory for factory in (search.fitcompress, search.hawq)}
+FILLED: Final = {"roles", "cost", "seed", "inst", "params", "data", "loss", "model_state"}  # by the model and the experiment
+UNSAID: Final = {"masks", "cycles"}  # arrays and tables, which a file can't give
 
 
 class NM(Section):
@@ -159,6 +161,25 @@ KEYS: Final[Mapping[str, Key]] = {
     "beta": Key(Fraction, "Share of the kernels that they cover."),
     "distance": Key(Literal["hamming", "valued_hamming", "cosine"], "Of a kernel from a pattern."),
     "block": Key(Block, "Blocks of a dense kernel; null: the positions of a convolution."),
+    # of searches
+    "ratio": Key(Positive, "Goal: bits of the kept weights / 32 bits of all; either this or ebops."),
+    "ebops": Key(Positive, "Goal: effective bit operations of the whole model."),
+    "bops": Key(Positive, "Goal: bit operations of the dense model."),
+    "size": Key(Positive, "Goal: bits of all weights."),
+    "latency": Key(Positive, "Goal: cycles of all layers one after the other."),
+    "fitcompress.widths": Key(list[AtLeastOne], "Bit-widths of a kernel, sign included, falling; []: prune only."),
+    "widths": Key(list[AtLeastOne], "Candidate bit-widths of every kernel, sign included."),
+    "sparsities": Key(list[Fraction], "Zeros / total, rising; []: quantize only."),
+    "fitcompress.activations": Key(AtLeastOne, "Bit-width of all activations."),
+    "activations": Key(list[AtLeastOne], "Candidate bit-widths of every activation; one value fixes it."),
+    "biases": Key(AtLeastOne, "Bit-width of biases, and of BatchNorm's scale and offset."),
+    "limit": Key(Positive, "Largest |weight|, for pre-training in a format that holds no more; null: none."),
+    "greedy": Key(bool, "Forget the siblings of a node once one of them is chosen; false is A* over all."),
+    "approximate": Key(bool, "A quantized node keeps the Fisher information of the node before it until it is chosen."),
+    "strength": Key(NotNegative, "Of the heuristic that draws the search towards the goal."),
+    "probes": Key(AtLeastOne, "Random vectors of the Hessian's trace."),
+    "samples": Key(AtLeastOne, "Training samples that are measured on."),
+    "batch_size": Key(AtLeastOne, "Of them at a time."),
     "where": Key(Where, "Only the kernels at this path or regular expression; null: all."),
 }  # fmt: skip
 """By name, or by method and name where a name means something else there."""
@@ -167,11 +188,21 @@ KEYS: Final[Mapping[str, Key]] = {
 def arguments_of(factory: Callable) -> dict[str, Any]:
     """{argument: default} of what a section may say; those that `shared` takes are `group_sparsity`'s."""
     own = inspect.signature(factory).parameters.values()
-    found = {p.name: p.default for p in own if p.kind is not p.VAR_KEYWORD and p.name not in FILLED}
+    found = {p.name: p.default for p in own if p.kind is not p.VAR_KEYWORD and p.name not in FILLED | UNSAID}
     if any(p.kind is p.VAR_KEYWORD for p in own):
         shared = arguments_of(metrics.group_sparsity)
         found |= {name: default for name, default in shared.items() if name != "groups"}
     return found
+
+
+def _default(key: Key, argument: str, given: Any) -> Any:
+    """`...` where there is none.  A predicate, which a file can't say, is none."""
+    value = given if key.default is ... else key.default
+    if value is inspect.Parameter.empty:
+        return ...
+    if argument == "groups":
+        return Groups(name=value)
+    return None if callable(value) else list(value) if isinstance(value, tuple) else value
 
 
 def _section_of(factory: Callable, tag: str, name: str) -> type[Section]:
@@ -180,11 +211,9 @@ def _section_of(factory: Callable, tag: str, name: str) -> type[Section]:
     fields: dict[str, Any] = {tag: (Literal[method], method)}
     for argument, default in (arguments_of(factory) | {"where": None}).items():
         key = KEYS.get(f"{method}.{argument}") or KEYS[argument]
-        default = key.default if key.default is not ... else default
-        default = ... if default is inspect.Parameter.empty else None if callable(default) else default
-        value = Groups(name=default) if argument == "groups" and default is not ... else default
+        value = _default(key, argument, default)
         fields[argument] = (key.kind | None if value is None else key.kind, Field(value, description=key.text))
-    if factory is metrics.ebops:
+    if factory in (metrics.ebops, search.hawq):
         del fields["where"]
     summary = inspect.getdoc(factory) or method
     return create_model(name, __base__=Section, __doc__=summary.split("\n\n")[0], **fields)
@@ -210,10 +239,13 @@ def metric_section(value: Any) -> dict[str, Any]:
 SECTIONS: Final = {name: _section_of(factory, "method", name.upper()) for name, factory in METHODS.items()}
 MEASURES: Final = {name: _section_of(f, "name", name.title().replace("_", "")) for name, f in METRICS.items()}
 
+FOUND: Final = {name: _section_of(factory, "method", name.upper()) for name, factory in SEARCHES.items()}
+
 if TYPE_CHECKING:
-    Pruning = Metric = Any
+    Pruning = Metric = Search = Any
 else:
     Pruning = _union(SECTIONS, "method")
+    Search = _union(FOUND, "method")
     Metric = _union({**MEASURES, "own": Own}, "name")
 
 

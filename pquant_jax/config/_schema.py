@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from pquant_jax.config._fields import AtLeastOne, Count, Float, NotNegative, Positive, Section, Sign, Where, number, short, whole
-from pquant_jax.config._methods import Constraint, Pruning, metric_section
+from pquant_jax.config._methods import Constraint, Pruning, Search, metric_section
 from pquant_jax.quantize import Format
 
 ROUNDINGS = Literal["TRN", "RND", "RND_CONV", "TRN_ZERO", "RND_ZERO", "RND_MIN_INF", "RND_INF"]
@@ -296,9 +296,20 @@ class Experiment(Section):
     constraints: list[Constraint] = []
     """What training holds to a target besides."""
     quantization: Annotated[HGQ | Fixed, Field(discriminator="method")] | None = None
+    search: Search | None = None
+    """What chooses masks and bit-widths when pre-training ends; the other epochs train on with them.  `quantization` is then
+    the format of pre-training alone; null: unquantized."""
     order: Literal["prune_then_quantize", "quantize_then_prune"] = "prune_then_quantize"
     """Which of the two sees the other's result."""
     hardware: Hardware = Hardware()
+
+    @model_validator(mode="after")
+    def _search_has_its_place(self) -> Self:
+        if self.search is not None and (self.pruning is not None or self.constraints):
+            raise ValueError("no pruning and no constraints with a search: it finds the masks, and the rest trains on with them")
+        if self.search is not None and not self.training.epochs.pretrain and self.training.init is None:
+            raise ValueError("training.epochs.pretrain of 1 or more, or training.init: a search needs trained weights")
+        return self
 
 
 def json_schema() -> dict[str, Any]:

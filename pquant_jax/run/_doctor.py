@@ -7,7 +7,7 @@ import sys
 from importlib import metadata
 from typing import Final, NamedTuple
 
-from pquant_jax.config import Experiment, compresses
+from pquant_jax.config import Experiment, compresses, quantizes
 
 
 class Check(NamedTuple):
@@ -74,7 +74,7 @@ def skips(experiment: Experiment) -> dict[str, str]:
         made["float"] = "training.float_baseline is false"
     elif not compresses(experiment):
         made["float"] = "nothing is compressed, so that the model itself is the float one"
-    if experiment.quantization is None:
+    if not quantizes(experiment):
         made["lower"] = "no quantization: a netlist needs a fixed-point format at every site"
     elif not hardware.lower:
         made["lower"] = "hardware.lower is false"

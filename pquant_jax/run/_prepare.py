@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pquant_jax import _tree, config, train
+from pquant_jax import _tree, config, quantize, train
 from pquant_jax._base import Transform, Tree, View
 from pquant_jax._errors import ConfigError, DataError
 from pquant_jax.data import Dataset
@@ -63,11 +63,12 @@ def prepare(experiment: config.Experiment, dataset: Dataset) -> Prepared:
     inst = config.instrumented(experiment, made, x)
     _check_outputs(experiment, dataset, inst, loss, metric)
     compression = config.compression(experiment, inst)
-    if experiment.hardware.lower and experiment.quantization is not None and compression is not None:
+    if experiment.hardware.lower and config.quantizes(experiment):
         from pquant_jax.lower import trace
 
-        params = compression.attach(made.params)
-        trace(inst, compression.apply(params, compression.init(params))[0], made.state)  # refuses ops, not numbers
+        final = quantize.fixed(inst.sites) if experiment.quantization is None or compression is None else compression
+        params = final.attach(made.params)
+        trace(inst, final.apply(params, final.init(params))[0], made.state)  # refuses ops, not numbers
     epochs = len(train.schedule(plan))
     steps = epochs * (size(dataset.train) // experiment.training.batch_size)
     return Prepared(experiment, dataset, inst, compression, loss, metric, plan, epochs, steps)

@@ -105,7 +105,7 @@ def _phases(prepared: Prepared, folder: Path, log: Log, *, resume: bool) -> dict
             scores["float"] = _float(prepared, folder, log, resume=resume)
             remarks.append(f"test {prepared.metric.name} {scores['float']:.4f}")
     with phase(log, "train", live=True) as remarks:
-        result = fit_compressed(prepared, folder, log, resume=resume)
+        prepared, result = fit_compressed(prepared, folder, log, resume=resume)
         summary |= {"best_epoch": result.best["epoch"], "traces": result.traces}
         remarks.append(f"best validation {prepared.metric.name} {result.best['val_metric']:.4f} in epoch {result.best['epoch']}")
     with phase(log, "evaluate") as remarks:

@@ -169,8 +169,9 @@ def test_many_rounds_stay_finite(tell):
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
-def test_rounds_progress_in_training_with_rewind_every_round():
-    """The weights go back, s does not."""
+@pytest.mark.parametrize("rewind", REWINDS)
+def test_rounds_progress_in_training(rewind):
+    """The temperature starts at 1 again and what was cut stays cut, whenever the weights go back; s never does."""
     x = np.random.default_rng(0).normal(size=(128, 4)).astype(np.float32)
     part = pq.data.Split(x, (x[:, 0] > 0).astype(np.int32))
     data = pq.data.Dataset(part, part, part, classes=("0", "1"))
@@ -180,14 +181,17 @@ def test_rounds_progress_in_training_with_rewind_every_round():
     pq.fit(
         pq.instrument(model, x[:2]),
         data,
-        plan=pq.Plan(pretrain=0, train=2, finetune=1, rounds=2, rewind="every-round"),
+        plan=pq.Plan(pretrain=0, train=2, finetune=1, rounds=2, rewind=rewind),
         compression=t,
         optimizer=pq.optimizer(t, weights=optax.adam(1e-2), thresholds=optax.adam(1e-1)),
         batch_size=32,
         callbacks=[lambda record, state: states.append(state)],
     )
     s, cut = np.asarray(states[1].params.extra["cs"]["kernel"]), np.asarray(states[0].params.extra["cs"]["kernel"]) < -0.1
-    np.testing.assert_array_equal(states[1].params.model["kernel"], np.full((4, 2), 0.3, np.float32))
+    start = np.full((4, 2), 0.3, np.float32)
+    back = [np.array_equal(states[n].params.model["kernel"], start) for n in (1, 3)]
+    assert back == {"never": [False, False], "every-round": [True, True], "post-training-stage": [False, True]}[rewind]
+    np.testing.assert_allclose([float(pq.state_of(v.opt_state).beta) for v in states], [1, 1, 1, 200, 200], rtol=1e-6)
     assert cut.any()
     assert np.all(s[cut] < -1)
     assert np.all(s <= 0)
