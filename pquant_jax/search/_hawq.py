@@ -19,7 +19,7 @@ from pquant_jax.quantize import Format
 from pquant_jax.search._activations import choices
 from pquant_jax.search._formats import Rules, closest, rules_of
 from pquant_jax.search._problem import Problem, counter, losses, problem, ranges
-from pquant_jax.search._program import Cost, Table, products, solve, value
+from pquant_jax.search._program import Cost, Table, check_limit, products, solve, value
 from pquant_jax.search._traces import Batches, Trace, hutchinson
 from pquant_jax.train import cross_entropy
 
@@ -104,11 +104,15 @@ def hawq(
     masks = {path: jnp.asarray(m, jnp.float32) for path, m in (masks or {}).items()}
     what, limit = _one_limit({"EBOPs": ebops, "BOPs": bops, "size": size, "latency": latency})
     _check(p, widths, activations, masks, cycles)
+    open_to = {"kernel": tuple(widths), "input": tuple(activations)}
+    candidates = {name: open_to.get(spec.kind, (biases,)) for name, spec in inst.sites.items()}
+    count = counter(p)
+    cost = partial(_cost, p, count, candidates, masks, cycles)
+    limited = cost(what)
+    check_limit(candidates, limited, limit, what)
     found, traces = _candidates(p, tuple(widths), tuple(activations), biases, masks, probes, seed)
     omega = {name: {w: lost for w, (_, lost) in choice.items()} for name, choice in found.items()}
-    count = counter(p)
-    cost = partial(_cost, p, count, omega, masks, cycles)
-    bits = solve(omega, cost(what), limit, what)
+    bits = solve(omega, limited, limit, what)
     rules = rules_of({name: found[name][width][0] for name, width in bits.items()})
     lost = sum(omega[name][width] for name, width in bits.items())
     operations = [float(count(bits, kept)) for kept in (masks, {})]
@@ -161,22 +165,23 @@ def _candidates(
 
 
 def _cost(
-    p: Problem, count: Callable[..., jax.Array], omega: Table, masks: Mapping[str, jax.Array], cycles: Table | None, what: str
-) -> Cost:
+    p: Problem, count: Callable[..., jax.Array], candidates: Mapping[str, tuple[int, ...]], masks: Mapping[str, jax.Array],
+    cycles: Table | None, what: str,
+) -> Cost:  # fmt: skip
+    """What a limit of this name counts."""
     if what in ("EBOPs", "BOPs"):
-        return products(count, masks if what == "EBOPs" else {}, {name: tuple(table) for name, table in omega.items()})
-    kernels = _kernels(p)
-    if what == "size":
-        kept = {path: float(jnp.sum(masks[path])) if path in masks else w.size for path, w in kernels.items()}
-        return Cost(0.0, {path: {b: kept[path] * b for b in omega[path]} for path in kernels}, {})
-    if cycles is not None:
-        return Cost(0.0, {path: {b: float(cycles[path][b]) for b in omega[path]} for path in kernels}, {})
-    terms = {path: _fan_in(w, p.inst.roles.get(path), masks.get(path)) for path, w in kernels.items()}
-    own = {
-        path: {b: float(math.ceil(math.log2(max(terms[path] * ((b + 1) // 2), 1)) / _ADDERS)) for b in omega[path]}
-        for path in kernels
-    }
-    return Cost(0.0, own, {})
+        return products(count, masks if what == "EBOPs" else {}, candidates)
+
+    def price(path: str, w: jax.Array, width: int) -> float:
+        if what == "size":
+            return width * (float(jnp.sum(masks[path])) if path in masks else w.size)
+        if cycles is not None:
+            return float(cycles[path][width])
+        digits = (width + 1) // 2  # that are not 0 in the canonical form of a weight, at most
+        terms = _fan_in(w, p.inst.roles.get(path), masks.get(path)) * digits
+        return float(math.ceil(math.log2(max(terms, 1)) / _ADDERS))
+
+    return Cost(0.0, {path: {b: price(path, w, b) for b in candidates[path]} for path, w in _kernels(p).items()}, {})
 
 
 def _fan_in(w: jax.Array, role: AxisRole | None, mask: jax.Array | None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -67,17 +67,30 @@ class _Linear(NamedTuple):
     whole: int
 
 
+def check_limit(candidates: Mapping[str, Collection[int]], cost: Cost, limit: float, what: str) -> None:
+    """Raise SearchError if even the cheapest choice exceeds the limit, saying what that costs; needs no perturbations."""
+    linear = _linear(candidates, cost)
+    cheapest = _minimum(linear, candidates, linear.spent, np.inf)
+    least = value(cost, cheapest) if cheapest else np.inf
+    if least > limit * (1 + 1e-6):
+        raise SearchError(
+            f"{what} of {limit:.6g} can't be reached: the cheapest choice needs {least:.6g}; raise the limit, "
+            "or allow narrower widths"
+        )
+
+
 def solve(omega: Table, cost: Cost, limit: float, what: str) -> dict[str, int]:
     """The width of every site that makes the sum of omega least while the cost is at most `limit`.
 
     A product of two widths that are both open is made linear by a variable for each pair of candidates, whose sums over
     either width are the other's choice.
-    Raises: SearchError if even the cheapest choice exceeds the limit, saying what that costs.
+    Raises: SearchError as `check_limit`.
 
     >>> omega = {"a": {2: 9.0, 8: 0.0}, "b": {2: 1.0, 8: 0.0}}
     >>> solve(omega, Cost(0.0, {n: {2: 2.0, 8: 8.0} for n in omega}, {}), 10.0, "size")
     {'a': 8, 'b': 2}
     """
+    check_limit(omega, cost, limit, what)
     linear = _linear(omega, cost)
     lost = np.zeros(len(linear.place))
     for name, table in omega.items():
@@ -85,16 +98,11 @@ def solve(omega: Table, cost: Cost, limit: float, what: str) -> dict[str, int]:
             lost[linear.place[name, width]] = perturbation
     found = _minimum(linear, omega, lost, limit - cost.constant)
     if found is None:
-        cheapest = _minimum(linear, omega, linear.spent, np.inf)
-        least = np.nan if cheapest is None else value(cost, cheapest)
-        raise SearchError(
-            f"{what} of {limit:.6g} can't be reached: the cheapest choice needs {least:.6g}; raise the limit, "
-            "or allow narrower widths"
-        )
+        raise SearchError(f"the integer program for {what} of {limit:.6g} found no answer; raise the limit a little")
     return found
 
 
-def _linear(omega: Table, cost: Cost) -> _Linear:
+def _linear(omega: Mapping[str, Collection[int]], cost: Cost) -> _Linear:
     from scipy.sparse import csr_array
 
     chosen = [(n, w) for n, table in omega.items() for w in table]
@@ -118,7 +126,9 @@ def _linear(omega: Table, cost: Cost) -> _Linear:
     return _Linear(place, spent, matrix, np.array(sides), len(chosen))
 
 
-def _minimum(linear: _Linear, omega: Table, objective: np.ndarray, budget: float) -> dict[str, int] | None:
+def _minimum(
+    linear: _Linear, omega: Mapping[str, Collection[int]], objective: np.ndarray, budget: float
+) -> dict[str, int] | None:
     """The choice of least objective, None if none keeps within the budget."""
     from scipy.optimize import Bounds, milp
 

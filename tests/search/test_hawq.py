@@ -114,3 +114,30 @@ def test_convolutions_and_batchnorm(signal, view_of):
 def test_questions_without_an_answer(jets, options, said):
     with pytest.raises(pq.TransformError, match=said):
         hawq(jets.inst, jets.params, jets.data.train, **options)
+
+
+def test_an_infeasible_limit_is_found_before_the_traces(jets, monkeypatch):
+    from pquant_jax.search import _hawq
+
+    def never(*args, **options):
+        raise AssertionError("measured before the limit was looked at")
+
+    monkeypatch.setattr(_hawq, "hutchinson", never)
+    with pytest.raises(pq.SearchError, match="the cheapest choice needs"):
+        hawq(jets.inst, jets.params, jets.data.train, size=10, **FEW)
+
+
+@pytest.mark.slow
+def test_better_than_uniform_bits_of_as_many_operations(jets, view_of):
+    """The claim of both: at most the operations of 4 bits everywhere, and a lower loss, as found."""
+    inst, params, data = jets
+    uniform = hawq(inst, params, data.train, bops=1e9, widths=(4,), activations=(4,), probes=2)
+    mixed = hawq(inst, params, data.train, bops=uniform.bops, activations=range(3, 9))
+    pruned = pq.search.fitcompress(inst, params, data.train, ebops=uniform.ebops, activations=5)
+
+    def loss(found):
+        y, _ = inst.forward(view_of(inst, params, found), inst.model.state, jnp.asarray(data.train.x))
+        return float(jnp.mean(pq.train.cross_entropy(y, data.train.y)))
+
+    assert mixed.bops <= uniform.bops and pruned.ebops <= uniform.ebops
+    assert max(loss(mixed), loss(pruned)) < loss(uniform)
