@@ -53,7 +53,8 @@ def pnorm_decay(learning_rate: optax.ScalarOrSchedule, *, p: float = 1.0, streng
         def one(u: jax.Array, w: jax.Array) -> jax.Array:
             # |w|^(2-p) of a weight of 0 is 0 for p < 2, and 0^0 = 1 for p = 2
             x = jnp.abs(w) ** (2 - state.p)
-            return ((w + u) * (x / (x + shrink)) - w).astype(u.dtype)
+            # a rate that has come down to 0 decays nothing, not even a weight of 0, of which 0 / 0 would be left
+            return ((w + u) * jnp.where(shrink > 0, x / jnp.where(shrink > 0, x + shrink, 1), 1) - w).astype(u.dtype)
 
         return jax.tree.map(one, updates, params), state._replace(count=state.count + 1)
 

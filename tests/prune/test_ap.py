@@ -85,11 +85,11 @@ def test_output_channels_are_where_the_roles_say(tell):
 
 
 def test_pquantml_waits_again_after_every_mask(tell):
-    """t_start counts epochs, and from the last mask; ours counts them once."""
+    """t_start counts epochs, and from the last period; ours counts them once."""
     quiet, loud = [0.1, 0.9, 0.9], [0.1, 0.1, 0.9]
-    for compat, third in (("pquantml", [0, 1, 1]), (None, [0, 0, 1])):
-        masks = epochs(tell, ap(threshold=0.3, begin=1, compat=compat), KERNEL, quiet, quiet, loud, loud)[2]
-        assert masks == [[1, 1, 1], [0, 1, 1], third, [0, 0, 1]]
+    for compat, fourth in (("pquantml", [0, 1, 1]), (None, [0, 0, 1])):
+        masks = epochs(tell, ap(threshold=0.3, begin=2, compat=compat), KERNEL, quiet, quiet, quiet, loud, loud)[2]
+        assert masks == [[1, 1, 1], [1, 1, 1], [0, 1, 1], fourth, [0, 0, 1]]
 
 
 def test_pquantml_prunes_nothing_in_a_training_that_ends_before_the_period(tell):
