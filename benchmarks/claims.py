@@ -227,4 +227,4 @@ def compressed(method: str, granularity: str, seeds: Sequence[int] = (0, 1, 2)) 
 
 
 TABLE_SPARSITY: Final = 0.9
-BETA: Final = 2e-7
+BETA: Final = 1e-6
