@@ -3,41 +3,22 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 import pquant_jax as pq
 from pquant_jax.constrain import Metric, mdmm, metrics
-from pquant_jax.train import cross_entropy, permutation
 
 PLAN = pq.Plan(1, 16, 2)
 BATCH, SEED = 40, 3
 DECAY = optax.cosine_decay_schedule(5e-3, 19 * 50, alpha=0.05)
 
 
-def split(samples: int, seed: int) -> pq.data.Split:
-    x = np.random.default_rng(seed).normal(size=(samples, 4)).astype(np.float32)
-    y = np.argmax(np.stack([x[:, 0] * x[:, 1], x[:, 2], x[:, 3] ** 2 - 1], 1), 1)
-    return pq.data.Split(x, y.astype(np.int32))
-
-
 @pytest.fixture(scope="module")
-def problem():
-    rng = np.random.default_rng(0)
-    shapes = {"a": (4, 64), "b": (64, 3)}
-    params = {
-        n: {"kernel": jnp.asarray(rng.normal(0, 0.3, s), jnp.float32), "bias": jnp.zeros(s[1], jnp.float32)}
-        for n, s in shapes.items()
-    }
-
-    def forward(p, x):
-        h = jax.nn.relu(x @ p["a"]["kernel"] + p["a"]["bias"])
-        return h @ p["b"]["kernel"] + p["b"]["bias"]
-
-    data = pq.data.Dataset(split(2000, 0), split(400, 1), split(400, 2), classes=("0", "1", "2"))
-    return pq.instrument(pq.from_function(forward, params), data.train.x[:2]), data
+def problem(three_classes, two_layers):
+    data = pq.data.Dataset(three_classes(2000, 0), three_classes(400, 1), three_classes(400, 2), classes=("0", "1", "2"))
+    return pq.instrument(two_layers(64, 0.3), data.train.x[:2]), data
 
 
 def metric_of(mode: str) -> Metric:
@@ -86,47 +67,7 @@ def test_a_trained_model_settles_at_its_sparsity(problem, mode):
         assert final > 0.3
 
 
-def own_loop(inst, data, compression):
-    """Plain optax, `jax.jit` on one step, no trainer.  Yields the parameters after every epoch."""
-    links = {"weights": optax.adam(DECAY), "duals": optax.chain(optax.sgd(0.2), optax.scale(-1.0))}
-    tx = optax.chain(optax.partition(links, compression.labels), pq.as_optax(compression))
-    params = compression.attach(inst.model.params)
-    opt_state = tx.init(params)
-    x, y = jnp.asarray(inst.encode(data.train.x)), jnp.asarray(data.train.y)
-
-    @jax.jit
-    def step(params, opt_state, xb, yb, stage):
-        state = pq.state_of(opt_state)
-
-        def loss(params):
-            view, _ = compression.apply(params, state)
-            logits, _, stats = inst.capture(view, inst.model.state, xb, train=True)
-            return jnp.mean(cross_entropy(logits, yb)) + compression.penalty(params, state, view), stats
-
-        grads, stats = jax.grad(loss, has_aux=True)(params)
-        updates, opt_state = tx.update(grads, opt_state, params, stage=stage, stats=stats)
-        return optax.apply_updates(params, updates), opt_state
-
-    ends = {
-        pq.Stage.PRETRAIN: (pq.Event.POST_PRETRAIN, pq.Stage.TRAIN),
-        pq.Stage.TRAIN: (pq.Event.PRE_FINETUNE, pq.Stage.FINETUNE),
-    }
-    number = 0
-    for stage, epochs in zip(pq.Stage, (1, 2, 1), strict=True):
-        for epoch in range(epochs):
-            place = dict(stage=stage, epoch=epoch, epochs=epochs)
-            params, opt_state = pq.boundary(compression, params, opt_state, event=pq.Event.PRE_EPOCH, **place)
-            for rows in permutation(SEED, number, len(y), BATCH):
-                params, opt_state = step(params, opt_state, x[rows], y[rows], np.int32(stage))
-            params, opt_state = pq.boundary(compression, params, opt_state, event=pq.Event.POST_EPOCH, **place)
-            number += 1
-            if epoch + 1 == epochs and stage in ends:
-                event, following = ends[stage]
-                params, opt_state = pq.boundary(compression, params, opt_state, event=event, **{**place, "stage": following})
-            yield params
-
-
-def test_own_loop_is_bitwise_equal_to_fit(problem):
+def test_own_loop_is_bitwise_equal_to_fit(problem, own_loop):
     """200 steps through all three stages, parameters and multiplier compared after each epoch."""
     inst, data = problem
     compression, seen = pq.chain(compression_of("coarse")), []
@@ -140,7 +81,9 @@ def test_own_loop_is_bitwise_equal_to_fit(problem):
         seed=SEED,
         callbacks=[lambda _, state: seen.append(state.params)],
     )
-    for ours, theirs in zip(seen, own_loop(inst, data, compression), strict=True):
+    links = {"weights": optax.adam(DECAY), "duals": optax.chain(optax.sgd(0.2), optax.scale(-1.0))}
+    theirs_by_epoch = own_loop(inst, data, compression, links, (1, 2, 1), BATCH, SEED)
+    for ours, theirs in zip(seen, theirs_by_epoch, strict=True):
         assert jax.tree.structure(ours) == jax.tree.structure(theirs)
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     multipliers = [float(p.extra["mdmm"]["multiplier"]) for p in seen]

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -54,27 +53,6 @@ class Problem(NamedTuple):
         return pq.fit(self.inst, data or self.data, plan=plan, **options)
 
 
-def split(samples: int, seed: int) -> pq.data.Split:
-    x = np.random.default_rng(seed).normal(size=(samples, 4)).astype(np.float32)
-    y = np.argmax(np.stack([x[:, 0] * x[:, 1], x[:, 2], x[:, 3] ** 2 - 1], 1), 1)
-    return pq.data.Split(x, y.astype(np.int32))
-
-
-def plain_model(seed: int = 0) -> pq.Model:
-    rng = np.random.default_rng(seed)
-    shapes = {"a": (4, 8), "b": (8, 3)}
-    params = {
-        n: {"kernel": jnp.asarray(rng.normal(0, 0.5, s), jnp.float32), "bias": jnp.zeros(s[1], jnp.float32)}
-        for n, s in shapes.items()
-    }
-
-    def forward(p, x):
-        h = jax.nn.relu(x @ p["a"]["kernel"] + p["a"]["bias"])
-        return h @ p["b"]["kernel"] + p["b"]["bias"]
-
-    return pq.from_function(forward, params)
-
-
 class Stateful(nn.Module):
     """Batch statistics and dropout: all that a training state can hold."""
 
@@ -85,7 +63,7 @@ class Stateful(nn.Module):
         return nn.Dense(3)(h)
 
 
-def problem_of(model: pq.Model) -> Problem:
+def problem_of(model: pq.Model, split: Callable[[int, int], pq.data.Split]) -> Problem:
     data = pq.data.Dataset(split(400, 0), split(96, 1), split(96, 2), classes=("0", "1", "2"))
     inst = pq.instrument(model, data.train.x[:2])
 
@@ -100,13 +78,13 @@ def problem_of(model: pq.Model) -> Problem:
 
 
 @pytest.fixture(scope="package")
-def plain() -> Problem:
-    return problem_of(plain_model())
+def plain(two_layers, three_classes) -> Problem:
+    return problem_of(two_layers(8, 0.5), three_classes)
 
 
 @pytest.fixture(scope="package")
-def stateful() -> Problem:
-    return problem_of(pq.from_linen(Stateful(), np.zeros((2, 4), np.float32)))
+def stateful(three_classes) -> Problem:
+    return problem_of(pq.from_linen(Stateful(), np.zeros((2, 4), np.float32)), three_classes)
 
 
 @pytest.fixture(scope="session")

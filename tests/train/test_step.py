@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -42,54 +40,14 @@ def test_one_trace_serves_all_stages_and_hyperparameters(stateful):
     assert np.all(np.isfinite(seen)) and int(state.count) == 6
 
 
-def own_loop(problem, plan: tuple[int, int, int], batch_size: int, seed: int) -> Iterator[pq.Params]:
-    """A user's own training: plain optax, `jax.jit` on one step, no trainer.  Yields the parameters after every epoch."""
-    inst, compression = problem.inst, problem.compression()
-    links = {"weights": optax.adam(1e-2), "bits": optax.adam(5e-3), "thresholds": optax.adam(1e-3)}
-    tx = optax.chain(optax.partition(links, compression.labels), pq.as_optax(compression))
-    params = compression.attach(inst.model.params)
-    opt_state = tx.init(params)
-    x, y = jnp.asarray(inst.encode(problem.data.train.x)), jnp.asarray(problem.data.train.y)
-
-    @jax.jit
-    def step(params, opt_state, xb, yb, stage):
-        state = pq.state_of(opt_state)
-
-        def loss(params):
-            view, _ = compression.apply(params, state)
-            logits, _, stats = inst.capture(view, inst.model.state, xb, train=True)
-            task = optax.softmax_cross_entropy_with_integer_labels(logits, yb).mean()
-            return task + compression.penalty(params, state, view), stats
-
-        grads, stats = jax.grad(loss, has_aux=True)(params)
-        updates, opt_state = tx.update(grads, opt_state, params, stage=stage, stats=stats)
-        return optax.apply_updates(params, updates), opt_state
-
-    ends = {
-        pq.Stage.PRETRAIN: (pq.Event.POST_PRETRAIN, pq.Stage.TRAIN),
-        pq.Stage.TRAIN: (pq.Event.PRE_FINETUNE, pq.Stage.FINETUNE),
-    }
-    number = 0
-    for stage, epochs in zip(STAGES, plan, strict=True):
-        for epoch in range(epochs):
-            place = dict(stage=stage, epoch=epoch, epochs=epochs)
-            params, opt_state = pq.boundary(compression, params, opt_state, event=pq.Event.PRE_EPOCH, **place)
-            for rows in permutation(seed, number, len(y), batch_size):
-                params, opt_state = step(params, opt_state, x[rows], y[rows], np.int32(stage))
-            params, opt_state = pq.boundary(compression, params, opt_state, event=pq.Event.POST_EPOCH, **place)
-            number += 1
-            if epoch + 1 == epochs and stage in ends:
-                event, following = ends[stage]
-                params, opt_state = pq.boundary(compression, params, opt_state, event=event, **{**place, "stage": following})
-            yield params
-
-
-def test_own_loop_is_bitwise_equal_to_fit(plain, assert_same):
+def test_own_loop_is_bitwise_equal_to_fit(plain, own_loop, assert_same):
     """100 steps through all three stages, parameters compared after each epoch."""
     seen = []
     plain.fit(pq.Plan(1, 2, 1), callbacks=[lambda record, state: seen.append(state.params)])
     assert len(seen) * (400 // 16) == 100
-    for ours, theirs in zip(seen, own_loop(plain, (1, 2, 1), 16, seed=3), strict=True):
+    links = {"weights": optax.adam(1e-2), "bits": optax.adam(5e-3), "thresholds": optax.adam(1e-3)}
+    theirs_by_epoch = own_loop(plain.inst, plain.data, plain.compression(), links, (1, 2, 1), 16, 3)
+    for ours, theirs in zip(seen, theirs_by_epoch, strict=True):
         assert_same(ours, theirs)
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), seen[0], seen[-1])
     assert all(jax.tree.leaves(moved.model))
