@@ -117,7 +117,9 @@ def fitcompress(
     end = walk(task, start(task, chosen, limit))
     final = {path: top if width == FLOAT and not compat else width for path, width in end.node.widths.items()}
     formats = {path: task.quantized(path, w, final[path])[0] for path, w in end.latent.items()}
-    formats |= _formats_of_rest(p, rest, limit)
+    spans = ranges(p)
+    formats |= {n: fitted(inst.sites[n], spans[n], top, limit) for n in rest if inst.sites[n].kind == "kernel"}
+    formats |= {n: next(iter(choice.values()))[0] for n, choice in choices(p, (activations,), biases, spans).items()}
     masks, rules = {path: jnp.asarray(m) for path, m in end.masks.items()}, rules_of(formats)
     bits = {name: round(fmt.i + fmt.f + (fmt.k or 0)) for name, fmt in formats.items()}
     kept = _of_weights(chosen, 1.0, compat).spent(end.weights, end.masks, final)
@@ -213,14 +215,3 @@ def _check_bound(task: Task, chosen: Weights) -> None:
     least = task.goal.least(widths[-1] if widths else FLOAT, sparsities[-1] if sparsities else 0.0)
     if not met(task.goal, least):
         raise unreachable(task.goal, least, "no choice goes below")
-
-
-def _formats_of_rest(p: Problem, rest: Mapping[str, int], limit: float | None) -> dict[str, Format]:
-    """Formats of all sites that were not searched over."""
-    sites = p.inst.sites
-    spans = ranges(p)
-    kernels = {n: fitted(sites[n], spans[n], w, limit) for n, w in rest.items() if sites[n].kind == "kernel"}
-    biases = next((w for n, w in rest.items() if sites[n].kind not in ("kernel", "input")), 8)
-    activations = {w for n, w in rest.items() if sites[n].kind == "input"}
-    found = choices(p, activations, biases, spans)
-    return kernels | {n: next(iter(choice.values()))[0] for n, choice in found.items()}

@@ -64,14 +64,9 @@ def narrower(widest: Format) -> list[Format]:
 
 def closest(spec: SiteSpec, w: np.ndarray, width: int, limit: float | None = None) -> tuple[Format, np.ndarray, float]:
     """(format, its values, sum of squared errors) of the format of this width that loses least of a kernel; 0 counts too."""
-    best = None
-    for fmt in narrower(fitted(spec, (float(w.min()), float(w.max())), width, limit)):
-        values = on_grid(w, fmt)
-        error = float(np.sum(np.square(values - w)))
-        if best is None or error < best[2]:
-            best = fmt, values, error
-    assert best is not None
-    return best
+    formats = narrower(fitted(spec, (float(w.min()), float(w.max())), width, limit))
+    tried = [(fmt, on_grid(w, fmt)) for fmt in formats]
+    return min(((fmt, values, float(np.sum(np.square(values - w)))) for fmt, values in tried), key=lambda t: t[2])
 
 
 def on_grid(w: np.ndarray, fmt: Format) -> np.ndarray:

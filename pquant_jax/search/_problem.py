@@ -18,8 +18,7 @@ FLOAT = 32  # bits of an unquantized value
 
 
 class Problem(NamedTuple):
-    """inst, params: the model.  state: of the model.  loss: one value per sample.  data: the samples to measure on,
-    on the input ports."""
+    """inst, params, state: the model.  loss: one value per sample.  data: the samples to measure on, as the ports see them."""
 
     inst: Instrumented
     params: Tree
