@@ -47,7 +47,7 @@ def epoch_lines() -> Iterator[Line]:
 def test_lines() -> Iterator[Line]:
     """Promises whose measurement is a test."""
     yield pytest_line("one YAML per method, each run for two epochs", "tests/test_configs.py")
-    yield pytest_line("goldens of PQuantML, forward and gradients to 1e-5", "tests", "-k", "golden")
+    yield pytest_line("goldens of PQuantML, forward and gradients to 1e-5", "tests/prune", "tests/search", "-k", "golden")
     yield pytest_line("a loop of one's own with MDMM equals pq.fit, bitwise", "tests/constrain", "-k", "own_loop")
 
 
@@ -133,7 +133,8 @@ def paper_lines() -> Iterator[Line]:
 
 def shrink_lines() -> Iterator[Line]:
     """Models without their dead channels."""
-    yield from (Line(*line) for line in module("bench_shrink").lines())
+    shrink = module("bench_shrink")
+    yield Line(*shrink.shrink_line(shrink.run()))
 
 
 def lines() -> Iterator[Line]:

@@ -226,5 +226,5 @@ def compressed(method: str, granularity: str, seeds: Sequence[int] = (0, 1, 2)) 
     return Compressed(accuracy, costs)
 
 
-TABLE_SPARSITY: Final = 0.9
+TABLE_SPARSITY: Final = 0.905
 BETA: Final = 1e-6

@@ -49,10 +49,11 @@ def panel(axis: Any, rows: list[dict[str, Any]], dense: dict[str, Any] | None, k
         x = np.array([factor * np.mean(r[key]) for r in own])
         y = np.array([100 * np.mean(r["accuracy"]) for r in own])
         spread = np.array([100 * np.std(r["accuracy"], ddof=1) for r in own])
-        colour, mark = PALETTE[n % len(PALETTE)], MARKS[n % len(MARKS)]
+        colour, mark = (MUTED, "x") if name == "random" else (PALETTE[n % len(PALETTE)], MARKS[n % len(MARKS)])
+        dash = "-" if n < len(PALETTE) else "--"  # colours come again, dashed and with another mark
         shown = np.maximum(y, floor)
         spread = np.where(y < floor, 0, np.minimum(spread, shown - floor))
-        axis.errorbar(x, shown, spread, color=colour, marker=mark, ms=5, capsize=2, lw=1.3, elinewidth=0.8, label=name)
+        axis.errorbar(x, shown, spread, color=colour, marker=mark, ls=dash, ms=5, capsize=2, lw=1.3, elinewidth=0.8, label=name)
         for a, b in zip(x, y, strict=True):
             if b < floor:
                 axis.annotate(f"{b:.0f}", (a, floor), (0, -11), textcoords="offset points", color=colour, ha="center", fontsize=7)
@@ -62,7 +63,9 @@ def panel(axis: Any, rows: list[dict[str, Any]], dense: dict[str, Any] | None, k
         level = 100 * float(np.mean(dense["accuracy"]))
         axis.axhline(level, color=MUTED, lw=1, ls="--")
         note = f"unpruned {level:.1f} %" + (f", cost {np.mean(dense['cost']):,.0f}" if key == "cost" else "")
-        axis.annotate(note, (0.02, level), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points", color=MUTED)
+        axis.annotate(
+            note, (0.98, level), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points", color=MUTED, ha="right"
+        )
     axis.set_ylim(floor - 0.08 * (68.2 - floor), 68.8 if floor > 50 else 72)
     axis.set_ylabel("test accuracy, %")
     if key == "zeros":
