@@ -41,7 +41,11 @@ def measure(name: str) -> list[dict[str, Any]]:
     """One row per level of a method."""
     method, inst = methods.METHODS[name], population.task().inst
     members = [(seed, level) for level in method.levels for seed in SEEDS]
-    trained = population.fit(methods.maker(name), members, methods.PLAN, batch_size=methods.BATCH)
+    start, plan, prepare = time.perf_counter(), methods.PLAN, None
+    if method.search is not None:
+        plan, prepare = plan._replace(pretrain=0), method.search(members)
+    searching = time.perf_counter() - start
+    trained = population.fit(methods.maker(name, plan=plan), members, plan, batch_size=methods.BATCH, prepare=prepare)
     start = time.perf_counter()
     costs = [cost(inst, population.member(trained.view, n)) for n in range(len(members))]
     lowering = time.perf_counter() - start
@@ -58,7 +62,7 @@ def measure(name: str) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"method": name, "family": method.family, "target": level, "seeds": len(own)}
         row |= {key: [float(v) for v in values[own]] for key, values in figures.items()}
         row |= {
-            "train_s": trained.seconds / len(members),
+            "train_s": (searching + trained.seconds) / len(members),
             "compile_s": trained.compile_s,
             "lower_s": lowering / len(members),
         }

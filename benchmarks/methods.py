@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 import population
 
 import pquant_jax as pq
 from pquant_jax.constrain import mdmm, metrics
-from pquant_jax.prune import NM, ap, autosparse, cs, dst, magnitude, pdp, random, wanda
+from pquant_jax.prune import NM, ap, autosparse, cs, dst, frozen, magnitude, pdp, random, wanda
 from pquant_jax.transforms import pnorm_decay
 
 LEVELS: Final = (0.7, 0.8, 0.9, 0.94)
@@ -22,17 +26,51 @@ BITS_RATE: Final = 1e-2
 EPSILON: Final = 0.02  # what MDMM counts as absent
 HIDDEN_KERNELS: Final = "Dense_[012]/kernel"  # no method that prunes channels may prune a class
 
+Members = Sequence[tuple[int, float]]
+
 
 class Method(NamedTuple):
     """make: (seed, level, plan, roles) -> the pruning transform.  levels: target sparsities, all members of one population.
 
     family: "weight", "channel" or "N:M".  decay: strength of the p-norm decay behind the optimizer, 0 for none.
+    search: members -> what `population.fit` prepares, in place of the plan's pre-training.
     """
 
     make: Callable[..., pq.Transform]
     family: str = "weight"
     levels: tuple[float, ...] = LEVELS
     decay: float = 0.0
+    search: Callable[[Members], Callable[[Any], Any]] | None = None
+
+
+def _fitcompressed(members: Members) -> Callable[[Any], Any]:
+    """The kernels after pre-training, and on them the masks of FITCompress, member by member."""
+    inst, train = population.task().inst, population.task().train
+    seeds, plan = sorted({seed for seed, _ in members}), pq.Plan(PLAN.pretrain, 0, 0)
+    dense = population.fit(maker("none", plan=plan, quantized=False), [(seed, 0.0) for seed in seeds], plan, batch_size=BATCH)
+    models = [population.member(dense.state.params.model, seeds.index(seed)) for seed, _ in members]
+    masks = []
+    for model, (_, level) in zip(models, members, strict=True):
+        # met by the last sparsity alone; the allowance is for a count of weights that rounds
+        goal = dict(ratio=1 - level + 1e-3, widths=(), sparsities=np.linspace(0, level, 9)[1:])
+        masks.append(pq.search.fitcompress(inst, model, train, **goal).masks)
+
+    def stacked(trees: Sequence[Any]) -> Any:
+        return jax.tree.map(lambda *v: jnp.stack(v), *trees)
+
+    def prepare(state: Any) -> Any:
+        found = stacked(masks)
+        opt_state = pq.update_state(state.opt_state, lambda s: {**s, "frozen": s["frozen"]._replace(mask=found)})
+        return state._replace(params=state.params._replace(model=stacked(models)), opt_state=opt_state)
+
+    return prepare
+
+
+@functools.cache
+def _given() -> pq.Transform:
+    """Masks, all 1 until a search puts its own into the state."""
+    kernels = pq.transforms.kernels_of(population.task().inst.model.params)
+    return frozen({path: np.ones(w.shape) for path, w in kernels.items()})
 
 
 def _hidden(make: Callable[..., pq.Transform]) -> Callable[..., pq.Transform]:
@@ -59,6 +97,7 @@ METHODS: Final[dict[str, Method]] = {
     "autosparse": Method(lambda s, t, plan, roles: autosparse(target=t, alpha_reset_epoch=0.9 * plan.train, roles=roles)),
     "cs": Method(lambda s, t, plan, roles: cs(target=t, decay=1e-6)),
     "mdmm": Method(_mdmm),
+    "fitcompress": Method(lambda s, t, plan, roles: _given(), search=_fitcompressed),
     "random, channels": Method(
         _hidden(lambda s, t, plan, roles: random(sparsity=t, seed=s, groups="out", roles=roles)), "channel"
     ),

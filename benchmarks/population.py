@@ -77,9 +77,13 @@ def fit(
     *,
     batch_size: int = 512,
     watch: Callable[[Any, pq.View], Any] | None = None,
+    prepare: Callable[[Any], Any] | None = None,
     problem: Task | None = None,
 ) -> Population:
-    """Train one member per (seed, level).  watch: (params, view) of a member -> what the history keeps of every epoch."""
+    """Train one member per (seed, level).
+
+    watch: (params, view) of a member -> what the history keeps of every epoch.  prepare: of all members' states, the start.
+    """
     inst, train, test = task() if problem is None else problem
     link = make(members[0][0], members[0][1])
     seeds, levels = (jnp.asarray(v, d) for v, d in zip(zip(*members, strict=True), (jnp.uint32, jnp.float32), strict=True))
@@ -107,6 +111,7 @@ def fit(
         return tell_all(state, *(np.int32(v) for v in (event, stage, epoch, epochs)))
 
     state = jax.jit(jax.vmap(begin))(seeds, levels)
+    state = state if prepare is None else prepare(state)
     for event, stage in opening(plan):
         state = tell(state, event, stage, 0, 1)
     seconds, history = [], []

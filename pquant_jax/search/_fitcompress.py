@@ -103,13 +103,14 @@ def fitcompress(
     >>> found.masks["w"].tolist(), found.bits["w"], found.ratio
     ([[1.0, 1.0], [0.0, 0.0]], 4, 0.0625)
     """
+    widths, sparsities = tuple(widths), tuple(float(s) for s in sparsities)  # an array has no truth value
     p = problem(inst, params, data, loss, model_state, samples, batch_size)
     chosen = _kernels(p, where)
     _check(ratio, ebops, widths, sparsities, compat)
     top, count = widths[0] if widths else FLOAT, counter(p)
     rest = {n: {"input": activations, "kernel": top}.get(spec.kind, biases) for n, spec in inst.sites.items() if n not in chosen}
     goal = _of_weights(chosen, ratio, compat) if ebops is None else _of_products(count, chosen, rest, ebops)
-    steps = Steps(tuple(widths), tuple(float(s) for s in sparsities), greedy, approximate, strength)
+    steps = Steps(widths, sparsities, greedy, approximate, strength)
     task = Task(
         _informed(p, compat), lambda path, w, width: _quantized(inst.sites[path], w, width, limit, compat), goal, steps, compat
     )

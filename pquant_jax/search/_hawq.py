@@ -103,14 +103,15 @@ def hawq(
     p = problem(inst, params, data, loss, model_state, samples, batch_size)
     masks = {path: jnp.asarray(m, jnp.float32) for path, m in (masks or {}).items()}
     what, limit = _one_limit({"EBOPs": ebops, "BOPs": bops, "size": size, "latency": latency})
+    widths, activations = tuple(widths), tuple(activations)
     _check(p, widths, activations, masks, cycles)
-    open_to = {"kernel": tuple(widths), "input": tuple(activations)}
+    open_to = {"kernel": widths, "input": activations}
     candidates = {name: open_to.get(spec.kind, (biases,)) for name, spec in inst.sites.items()}
     count = counter(p)
     cost = partial(_cost, p, count, candidates, masks, cycles)
     limited = cost(what)
     check_limit(candidates, limited, limit, what)
-    found, traces = _candidates(p, tuple(widths), tuple(activations), biases, masks, probes, seed)
+    found, traces = _candidates(p, widths, activations, biases, masks, probes, seed)
     omega = {name: {w: lost for w, (_, lost) in choice.items()} for name, choice in found.items()}
     bits = solve(omega, limited, limit, what)
     rules = rules_of({name: found[name][width][0] for name, width in bits.items()})

@@ -93,7 +93,7 @@ def one_kernel(w) -> tuple[pq.Instrumented, dict, object]:
 
 def test_one_kernel_alone_can_be_searched_over():
     inst, params, data = one_kernel([[0.9, -0.8], [0.1, 0.4]])
-    found = fitcompress(inst, params, data, ratio=0.1, samples=16, sparsities=(0.25, 0.5))
+    found = fitcompress(inst, params, data, ratio=0.1, samples=16, sparsities=np.array([0.25, 0.5]))
     assert found.ratio <= 0.1
 
 
