@@ -13,7 +13,18 @@ import jax.numpy as jnp
 
 from pquant_jax._base import AxisRole, Event, Params, Stage, Stats, Transform, Tree, View
 from pquant_jax._errors import TransformError
-from pquant_jax.transforms import check_compat, hyper, kernels_of, labelled, layouts, masked_view, no_penalty, survivors
+from pquant_jax.transforms import (
+    Groups,
+    Heads,
+    check_compat,
+    hyper,
+    kernels_of,
+    labelled,
+    layouts,
+    masked_view,
+    no_penalty,
+    survivors,
+)
 
 
 class APState(NamedTuple):
@@ -21,7 +32,7 @@ class APState(NamedTuple):
 
     done: epochs of the training stage since the start.  since: of them, those collected since the last mask.  (compat: done
     since the last period; since is 1 while its mask waits.)
-    batches: seen since then.  mean: {path: activity over them, fraction, per output channel}.
+    batches: seen since then.  mean: {path: activity over them, fraction, per group}.
     score: {path: the activity that the mask was made of}.  mask: {path: 0/1}.
     """
 
@@ -41,6 +52,7 @@ def ap(
     target: float | None = None,
     begin: float = 0.0,
     period: float = 1.0,
+    groups: Groups = "out",
     roles: Mapping[str, AxisRole] | None = None,
     compat: str | None = None,
 ) -> Transform:
@@ -55,11 +67,13 @@ def ap(
       threshold: activity, a fraction of samples; give either this or
       target: the fraction of every kernel's channels to prune, exact, the least active ones.
       begin, period: epochs.
+      groups: "out", or attention heads, "head" or Heads(n), whose activity is the mean over their channels.
       roles: `inst.roles`, which says what the output channels are; default the last axis.
       compat: "pquantml" counts `period` in batches, waits `begin` epochs again after each (the rest of the present one is
         the first), prunes nothing when fine-tuning begins, lets a pruned channel return once its bias is positive, and can
         prune all channels of a kernel.
-    Raises: TransformError for both or none of threshold and target, or a kernel without the statistic "active".
+    Raises: TransformError for both or none of threshold and target, groups that are not of output channels, or a kernel
+      without the statistic "active".
 
     >>> t = ap(threshold=0.2)
     >>> params = t.attach({"kernel": jnp.ones((1, 2))})
@@ -72,6 +86,8 @@ def ap(
     if (threshold is None) == (target is None):
         raise TransformError(f"threshold is {threshold}, target {target}; expected one of them")
     check_compat(compat)
+    if groups not in ("out", "head") and not isinstance(groups, Heads):
+        raise TransformError(f"groups is {groups!r}, but an activity is of output channels; expected 'out', 'head' or Heads(n)")
     aim = {name: v for name, v in (("threshold", threshold), ("target", target)) if v is not None}
 
     def attach(model: Tree) -> Params:
@@ -80,7 +96,7 @@ def ap(
 
     def init(params: Params) -> APState:
         kernels = kernels_of(params.model)
-        sizes = {p: cut.sizes.shape for p, cut in layouts(kernels, "out", roles).items()}
+        sizes = {p: cut.sizes.shape for p, cut in layouts(kernels, groups, roles).items()}
         return APState(
             hyper(**aim, begin=begin, period=period),
             jnp.asarray(Stage.PRETRAIN, jnp.int32),
@@ -92,6 +108,15 @@ def ap(
             {p: jnp.ones(w.shape, jnp.float32) for p, w in kernels.items()},
         )
 
+    def activities(kernels: dict[str, jax.Array], stats: Stats) -> dict[str, jax.Array]:
+        channels = layouts(kernels, "out", roles)
+        found = {p: _activity(p, cut.sizes.shape, stats) for p, cut in channels.items()}
+        if groups == "out":
+            return found
+        spread = {p: jnp.sqrt(channels[p].expand(a)) for p, a in found.items()}  # a norm squared is a sum
+        cuts = layouts(kernels, groups, roles)
+        return {p: jnp.square(cut.scores(spread[p])) / jnp.float32(cut.sizes.mean()) for p, cut in cuts.items()}
+
     def apply(params: Params, state: APState) -> tuple[View, APState]:
         return masked_view(params.model, state.mask), state
 
@@ -100,7 +125,8 @@ def ap(
         collects = (stage == Stage.TRAIN) & (state.done >= state.hyper["begin"])
         batches = state.batches + collects
         part = jnp.where(collects, 1 / jnp.maximum(batches, 1), 0)
-        mean = {p: v + part * (_activity(p, v.shape, stats or {}) - v) for p, v in state.mean.items()}
+        seen = activities(kernels_of(params.model), stats or {})
+        mean = {p: v + part * (seen[p] - v) for p, v in state.mean.items()}
         state = state._replace(stage=jnp.asarray(stage, jnp.int32), batches=batches, mean=mean)
         if compat:  # whose period ends within an epoch, though the mask waits for its end
             full = batches >= state.hyper["period"]
@@ -110,7 +136,7 @@ def ap(
 
     def boundary(params: Params, state: APState, *, event: Any, stage: Any, **extra: Any) -> tuple[Params, APState]:
         del extra
-        cuts, h = layouts(kernels_of(params.model), "out", roles), state.hyper
+        cuts, h = layouts(kernels_of(params.model), groups, roles), state.hyper
         ended = (event == Event.POST_EPOCH) & (stage == Stage.TRAIN)
         if compat:
             renews, since, score = ended & (state.since > 0), state.since, state.score

@@ -9,7 +9,7 @@ from hypothesis import given, strategies as st
 import pquant_jax as pq
 from pquant_jax._base import AxisRole, Event, Stage
 from pquant_jax._errors import TransformError
-from pquant_jax.prune import ap
+from pquant_jax.prune import Heads, ap
 from pquant_jax.transforms import with_hyper
 
 
@@ -82,6 +82,21 @@ def test_output_channels_are_where_the_roles_say(tell):
     _, state = t.step(params, t.init(params), stage=jnp.int32(Stage.TRAIN), stats=stats)
     _, state = tell(t, params, state, Event.POST_EPOCH)
     np.testing.assert_array_equal(state.mask["kernel"], [[1, 1], [0, 0], [1, 1]])
+
+
+@pytest.mark.parametrize("groups", [Heads(2), "head"])
+def test_a_head_has_the_mean_activity_of_its_channels(tell, groups):
+    """One of its channels alone is seldom above 0."""
+    shape = (3, 2, 2) if groups == "head" else (3, 4)
+    t = ap(threshold=0.3, groups=groups, roles={"kernel": AxisRole((0,), tuple(range(1, len(shape))), "x")})
+    params = t.attach({"kernel": jnp.ones(shape)})
+    stats = {"active": {"kernel": jnp.float32([0.9, 0.1, 0.2, 0.3]).reshape(1, *shape[1:])}}
+    _, state = t.step(params, t.init(params), stage=jnp.int32(Stage.TRAIN), stats=stats)
+    np.testing.assert_allclose(np.ravel(state.mean["kernel"]), [0.5, 0.25], rtol=1e-6)
+    _, state = tell(t, params, state, Event.POST_EPOCH)
+    np.testing.assert_array_equal(state.mask["kernel"].reshape(3, 4), np.broadcast_to([1, 1, 0, 0], (3, 4)))
+    with pytest.raises(TransformError, match="groups is 'in', but an activity is of output channels"):
+        ap(threshold=0.3, groups="in")
 
 
 def test_pquantml_waits_again_after_every_mask(tell):
