@@ -288,7 +288,7 @@ def _methods_table() -> dict[str, tuple[Any, Any, list[str]]]:
     table: dict[str, tuple[Any, Any, list[str]]] = {}
     for name, section in _methods.SECTIONS.items():
         setting = f"pruning={json.dumps({'method': name})}"
-        for key in section.model_fields.keys() & METHODS.keys():
+        for key in sorted(section.model_fields.keys() & METHODS.keys()):
             table[f"pruning.{name}.{key}"] = (METHODS[key], _arguments, [setting])
         table[f"pruning.{name}.where"] = ("Dense_0/kernel", _compression, [setting, *["pruning.target=0.5"] * (name == "ap")])
         for key, (value, groups) in GROUPS.items() if "groups" in section.model_fields else ():
@@ -300,7 +300,7 @@ def _methods_table() -> dict[str, tuple[Any, Any, list[str]]]:
     for name, section in _methods.MEASURES.items():
         metric = {"name": name, **NEEDED.get(name, {})}
         setting = f"constraints={json.dumps([{**SPARSITY, 'metric': metric}])}"
-        for key in section.model_fields.keys() & METRICS.keys():
+        for key in sorted(section.model_fields.keys() & METRICS.keys()):
             table[f"constraints.metric.{name}.{key}"] = (METRICS[key], _arguments, [setting])
         for key in ("h", "w") if name == "patterns" else ():
             table[f"constraints.metric.patterns.block.{key}"] = (4, _arguments, [setting])
@@ -310,7 +310,7 @@ def _methods_table() -> dict[str, tuple[Any, Any, list[str]]]:
             table[f"constraints.metric.{name}.groups.{key}"] = (value, _arguments, [setting])
     for name, section in _methods.FOUND.items():
         setting = ["pruning=null", f"search={json.dumps({'method': name})}"]
-        for key in section.model_fields.keys() & SEARCHES.keys():
+        for key in sorted(section.model_fields.keys() & SEARCHES.keys()):
             table[f"search.{name}.{key}"] = (SEARCHES[key], _search, setting)
         table[f"search.{name}.activations"] = ([4, 6] if name == "hawq" else 6, _search, setting)
     return table
