@@ -166,8 +166,9 @@ def patterns(
 
     The dominant patterns of a layer are those of its kernels, by frequency, up to the first with which they cover `beta` of
     the kernels, but at most `num_patterns`; read off anew whenever the metric is.  The report of a layer: "patterns", tuples
-    of 0 and 1; "kernels", how many are nearest to each; "covered", the share that are exactly on one; "table_bits" of the
-    patterns, "index_bits" of the numbers of all kernels, and "mask_bits", what a mask of every kernel would take.
+    of 0 and 1; "kernels", how many are nearest to each; "counts", how many are exactly on each pattern that occurs, the
+    dominant ones first; "covered", the share that are exactly on a dominant one; "table_bits" of the patterns, "index_bits" of
+    the numbers of all kernels, and "mask_bits", what a mask of every kernel would take.
 
     Args:
       num_patterns: at most so many of a layer.  beta: share of the kernels that they cover, a fraction.
@@ -219,9 +220,11 @@ def patterns(
     def _described(rows: jax.Array, found: Dominant) -> dict[str, Any]:
         q, valid = np.asarray(nearest(rows, found, epsilon, alpha, distance)[2]), np.asarray(found.valid)
         table, (n, b) = np.asarray(found.patterns, int)[valid], rows.shape
+        counts = np.unique(np.abs(np.asarray(rows)) > epsilon, axis=0, return_counts=True)[1]
         return {
             "patterns": [tuple(int(v) for v in row) for row in table],
             "kernels": [int((q == row).all(1).sum()) for row in table],
+            "counts": sorted(counts.tolist(), reverse=True),
             "covered": int(np.asarray(found.kernels)[valid].sum()) / n,
             "table_bits": len(table) * b,
             "index_bits": n * math.ceil(math.log2(len(table))),
