@@ -39,7 +39,7 @@ def test_channels_within_one_group(claims, name):
 
 @pytest.mark.slow
 def test_learned_methods_beat_random(claims):
-    """At 90 %, five pairs of equal initial weights, batches and epochs: more than 2 standard errors."""
+    """At 90 %, five pairs of equal initial weights, batches and epochs, `random` by four lots: more than 2 standard errors."""
     pairs = claims.against_random()
     assert set(pairs) == {"pdp", "dst", "autosparse", "cs", "wanda"}
     for name, pair in pairs.items():
