@@ -276,13 +276,16 @@ def survivors(cut: Layout, scores: jax.Array, sparsity: jax.Array) -> jax.Array:
 
 
 def straddling(cut: Layout, scores: jax.Array, sparsity: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The lowest score that stays and the highest that goes; differentiable, no sort but inside the m of N:M.
+    """The lowest score that stays and the highest that goes; differentiable, no sort.
 
     Scalars, or one per block of N:M and per "row", broadcastable to `scores`.
     """
     if cut.keep is not None:
-        ranked = jnp.sort(scores, axis=-1)[..., ::-1]
-        return ranked[..., cut.keep - 1 : cut.keep], ranked[..., min(cut.keep, ranked.shape[-1] - 1)][..., None]
+        m = scores.shape[-1]
+        a, b, place = scores[..., :, None], scores[..., None, :], np.arange(m)
+        rank = jnp.sum((b > a) | ((b == a) & (place[None, :] < place[:, None])), -1)  # m is small: a sort costs more
+        stays, goes = (jnp.where(rank == r, scores, 0).sum(-1, keepdims=True) for r in (cut.keep - 1, min(cut.keep, m - 1)))
+        return stays, goes
     size = scores.shape[-1] if cut.inside else scores.size
     kept = jnp.clip(jnp.round((1 - sparsity) * size).astype(jnp.int32), 1, max(size - 1, 1))
     around = kept, jnp.minimum(kept + 1, size)
