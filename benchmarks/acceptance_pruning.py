@@ -14,7 +14,6 @@ import numpy as np
 from lines import ROOT, Line, listed, module, pytest_line
 
 MINUTES: Final = 15
-OTHERS: Final = {"bench_shrink": "shrink and dead-channel removal", "bench_search": "FITCompress and HAWQ"}
 
 
 def table_lines() -> Iterator[Line]:
@@ -145,11 +144,8 @@ def shrink_lines() -> Iterator[Line]:
 
 def lines() -> Iterator[Line]:
     """All lines, the times first."""
-    parts: list[Callable[[], Iterator[Line]]] = [table_lines, epoch_lines, sparsity_lines, random_lines, nm_lines]
-    yield from (line for part in [*parts, constraint_lines, paper_lines] for line in part())
-    for name, part in (("bench_search", search_lines), ("bench_shrink", shrink_lines)):
-        if (ROOT / "benchmarks" / f"{name}.py").exists():
-            yield from part()
-        else:
-            yield Line(OTHERS[name], f"benchmarks/{name}.py is missing", False)
-    yield from test_lines()
+    parts: list[Callable[[], Iterator[Line]]] = [
+        table_lines, epoch_lines, sparsity_lines, random_lines, nm_lines, constraint_lines, paper_lines, search_lines,
+        shrink_lines, test_lines,
+    ]  # fmt: skip
+    yield from (line for part in parts for line in part())

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from pquant_jax import _tree
 from pquant_jax._base import Params, Tree, View
 from pquant_jax._errors import TransformError, did_you_mean
+from pquant_jax.transforms import through
 
 Function = Callable[[Params, View], jax.Array]
 PER = ("model", "layer")
@@ -34,15 +35,6 @@ class Metric(NamedTuple):
     soft: Function
     hard: Function
     shape: Callable[[Tree], tuple[int, ...]] = _scalar
-
-
-def through(exact: jax.Array, smooth: jax.Array) -> jax.Array:
-    """The value of `exact` with the gradient of `smooth` (straight-through, Bengio et al., arXiv:1308.3432).
-
-    >>> float(through(jnp.float32(1), jnp.float32(0.25))), float(jax.grad(lambda v: through(jnp.float32(1), v * v))(0.5))
-    (1.0, 1.0)
-    """
-    return jax.lax.stop_gradient(exact) + (smooth - jax.lax.stop_gradient(smooth))
 
 
 def near_zero(square: jax.Array, alpha: float, mode: str) -> jax.Array:

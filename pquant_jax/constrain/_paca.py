@@ -17,8 +17,8 @@ import numpy as np
 from pquant_jax import _tree
 from pquant_jax._base import AxisRole
 from pquant_jax._errors import TransformError
-from pquant_jax.constrain._metric import Metric, check, fraction, near_zero, through
-from pquant_jax.transforms import role_of, tiled, turned
+from pquant_jax.constrain._metric import Metric, check, fraction, near_zero
+from pquant_jax.transforms import role_of, through, tiled, turned
 
 DISTANCES: Final = ("hamming", "valued_hamming", "cosine")
 _ALL_CODES_UP_TO = 10  # bits: 1,024 patterns can all be counted; beyond, only those that occur are

@@ -25,7 +25,7 @@ from pquant_jax import _tree
 from pquant_jax._base import AxisRole, View
 from pquant_jax._errors import TransformError
 from pquant_jax.constrain._metric import MODES, Metric, absent, check, fraction
-from pquant_jax.transforms import NM, Groups, Reuse, layout
+from pquant_jax.transforms import NM, Groups, Reuse, layout, layouts, places
 
 Roles = Mapping[str, AxisRole] | None
 
@@ -177,9 +177,7 @@ def nm_violation(
     def count(path: str, w: jax.Array) -> tuple[jax.Array, jax.Array, int]:
         cut = layout(path, w.shape, NM(n, m), roles)
         blocks = cut.scores(jnp.abs(w))
-        a, b, place = blocks[..., :, None], blocks[..., None, :], jnp.arange(m)
-        larger = (b > a) | ((b == a) & (place[None, :] < place[:, None]))
-        excess = jax.lax.stop_gradient((jnp.sum(larger, -1) >= n).astype(jnp.float32))
+        excess = jax.lax.stop_gradient((places(blocks) >= n).astype(jnp.float32))
         soft, hard = absent(blocks, jnp.square(blocks), epsilon, alpha, mode)
         outputs, rows = blocks.shape[:2]  # zeros that fill up the last block of a row are absent and count nowhere
         last = w.size // outputs - (rows - 1) * m
@@ -252,7 +250,7 @@ def group_masks(groups: Groups, *, epsilon: float = 1e-3, roles: Roles = None) -
     """
 
     def masks(kernels: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        cuts = {p: layout(p, w.shape, groups, roles) for p, w in kernels.items()}
+        cuts = layouts(kernels, groups, roles)
         alive = {p: (cuts[p].scores(jnp.abs(w)) > epsilon).astype(jnp.float32) for p, w in kernels.items()}
         return {p: cuts[p].expand(v) for p, v in alive.items()}
 

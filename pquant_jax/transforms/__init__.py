@@ -19,7 +19,7 @@ from pquant_jax.transforms._groups import (
     turned,
 )
 from pquant_jax.transforms._optax import CompressionState, as_optax, boundary, optimizer, state_of, strong, update_state
-from pquant_jax.transforms._order import bisect_bits, kth_largest
+from pquant_jax.transforms._order import bisect_bits, kth_largest, places, through
 from pquant_jax.transforms._parts import (
     check_compat,
     entering,
@@ -64,12 +64,14 @@ __all__ = [
     "named",
     "no_penalty",
     "optimizer",
+    "places",
     "pnorm_decay",
     "state_of",
     "role_of",
     "straddling",
     "strong",
     "survivors",
+    "through",
     "tiled",
     "turned",
     "update_state",

@@ -18,7 +18,7 @@ import numpy as np
 
 from pquant_jax._base import AxisRole
 from pquant_jax._errors import TransformError, did_you_mean
-from pquant_jax.transforms._order import kth_largest
+from pquant_jax.transforms._order import kth_largest, places
 
 NAMES: Final = ("weight", "row", "in", "out", "filter", "head", "layer")
 
@@ -281,10 +281,8 @@ def straddling(cut: Layout, scores: jax.Array, sparsity: jax.Array) -> tuple[jax
     Scalars, or one per block of N:M and per "row", broadcastable to `scores`.
     """
     if cut.keep is not None:
-        m = scores.shape[-1]
-        a, b, place = scores[..., :, None], scores[..., None, :], np.arange(m)
-        rank = jnp.sum((b > a) | ((b == a) & (place[None, :] < place[:, None])), -1)  # m is small: a sort costs more
-        stays, goes = (jnp.where(rank == r, scores, 0).sum(-1, keepdims=True) for r in (cut.keep - 1, min(cut.keep, m - 1)))
+        rank, last = places(scores), scores.shape[-1] - 1
+        stays, goes = (jnp.where(rank == r, scores, 0).sum(-1, keepdims=True) for r in (cut.keep - 1, min(cut.keep, last)))
         return stays, goes
     size = scores.shape[-1] if cut.inside else scores.size
     kept = jnp.clip(jnp.round((1 - sparsity) * size).astype(jnp.int32), 1, max(size - 1, 1))

@@ -1,4 +1,4 @@
-"""Order statistics with a traced rank, without a sort."""
+"""Order statistics with a traced rank, without a sort, and values that borrow a gradient."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _TOP_BIT = 30  # the sign bit of a non-negative float32 is 0
 
@@ -42,4 +43,25 @@ def kth_largest(magnitudes: jax.Array, k: jax.Array) -> jax.Array:
     chosen = bits == value
     exact = jax.lax.bitcast_convert_type(value, jnp.float32)
     mean = jnp.sum(jnp.where(chosen, flat, 0)) / jnp.sum(chosen).astype(flat.dtype)  # one ulp off among ties, or inf
-    return exact + jnp.where(jnp.isfinite(mean), mean - jax.lax.stop_gradient(mean), 0)
+    return through(exact, jnp.where(jnp.isfinite(mean), mean, 0))
+
+
+def places(values: jax.Array) -> jax.Array:
+    """The place of every value along the last axis, 0 for the largest, of equals the first; int32.
+
+    By comparing each with each, which for the few of a block costs less than a sort.
+
+    >>> places(jnp.float32([2, 5, 2])).tolist()
+    [1, 0, 2]
+    """
+    a, b, n = values[..., :, None], values[..., None, :], np.arange(values.shape[-1])
+    return jnp.sum((b > a) | ((b == a) & (n[None, :] < n[:, None])), -1, dtype=jnp.int32)
+
+
+def through(exact: jax.Array, smooth: jax.Array) -> jax.Array:
+    """The value of `exact` with the gradient of `smooth` (straight-through, Bengio et al., arXiv:1308.3432).
+
+    >>> float(through(jnp.float32(1), jnp.float32(0.25))), float(jax.grad(lambda v: through(jnp.float32(1), v * v))(0.5))
+    (1.0, 1.0)
+    """
+    return jax.lax.stop_gradient(exact) + (smooth - jax.lax.stop_gradient(smooth))
