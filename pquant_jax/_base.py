@@ -58,31 +58,51 @@ class Params(NamedTuple):
     extra: dict[str, Tree]
 
 
+class Table(NamedTuple):
+    """Integer tables of one site: element e of the value v gives codes[which[e], v * 2^f - lowest] * 2^-f_out[which[e]].
+
+    codes: int32 (tables, entries), entries from the lowest code of the input's format on.  f: int32 (tables,),
+    fractional bits of the entries.  which: int32 of the site's shape, the row of every element.
+    """
+
+    codes: Any
+    f: Any
+    which: Any
+
+
 class View(NamedTuple):
     """What the forward sees: masked and quantized parameters, the format of every site, the mask of every pruned leaf.
 
     `sites` has one `KIF` per activation site and per quantized parameter path; `masks` has one array in [0, 1] per
     pruned parameter path.  Formats and masks ride along because a product's bits can't be read off its values.
+    `tables` has one `Table` per table site once they are built (`inst.tables`): the forward then reads them instead of
+    computing the function, which is what makes it equal to hardware bit for bit.
     """
 
     model: Tree
     sites: dict[str, KIF]
     masks: dict[str, jax.Array]
+    tables: dict[str, Table] = {}  # never written to: every change of a view is a new one
 
 
 @dataclass(frozen=True)
 class SiteSpec:
     """One place where a value is put on a fixed-point grid.
 
-    shape: per sample for activations, the array's for parameters.  kind: "input" (an operand of a product), "kernel",
-    "bias", or "scale" and "offset" (derived from parameters, such as a fused BatchNorm).  signed: can it be negative.
+    shape: per sample for activations, the array's for parameters.  kind: "input" (an operand of a product or of a
+    table), "table" (what a table gives), "output" (of the model), "kernel", "bias", or "scale" and "offset" (derived
+    from parameters or constants, such as a fused BatchNorm).  signed: can it be negative.
     channel_axes: the axes that "per channel" keeps apart: a kernel's output axes, an activation's last.
+    max_bits: the widest format the hardware takes there (k + i + f), 0 for no limit: a table has 2^bits entries.
+    format: the format that the model itself asks for at this place (direct style), None for the quantizer's default.
     """
 
     shape: tuple[int, ...]
     kind: str
     signed: bool = True
     channel_axes: tuple[int, ...] = ()
+    max_bits: int = 0
+    format: Any = None
 
 
 @dataclass(frozen=True)

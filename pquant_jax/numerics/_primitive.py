@@ -63,13 +63,13 @@ def mask(x: jax.Array, m: jax.Array) -> jax.Array:
     return _mask_vjp(x, jnp.broadcast_to(jnp.asarray(m, x.dtype), x.shape))
 
 
-def site(x: jax.Array, name: str, kind: str = "input") -> jax.Array:
-    """The identity, with a name: `instrument` quantizes the value there.  kind as in `SiteSpec`.
+def site(x: jax.Array, name: str, kind: str = "input", format: Any = None) -> jax.Array:
+    """The identity, with a name: `instrument` quantizes the value there.  kind and format as in `SiteSpec`.
 
     >>> float(site(jnp.float32(2), "gate/scale", "scale"))
     2.0
     """
-    return site_p.bind(jnp.asarray(x), name=name, kind=kind)
+    return site_p.bind(jnp.asarray(x), name=name, kind=kind, format=format)
 
 
 def rebind(primitive: Primitive, values: tuple, params: dict[str, Any]) -> jax.Array | None:
