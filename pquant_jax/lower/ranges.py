@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from pquant_jax._errors import LoweringError
-from pquant_jax.lower.ir import Graph, Node, consumers, label
+from pquant_jax.lower.ir import Graph, Node, consumers, entries, label
 from pquant_jax.numerics.oracle import least_f, quantize, round_codes
 
 _NO_GRID: Final = -(1 << 20)  # the f of an exact zero, which lies on every grid
@@ -30,7 +30,7 @@ def intervals(graph: Graph) -> list[Interval]:
     """The `Interval` of every node, arrays of the node's shape; ports may hold any of their codes.
 
     A `quantize` that can overflow is clipped (SAT, SAT_SYM) or has its whole range (WRAP, WRAP_SM).  Raises
-    `LoweringError` for a constant that isn't finite.
+    `LoweringError` for a constant that isn't finite, and for a table whose input can leave the table's format.
     """
     known: list[Interval] = []
     for index, node in enumerate(graph.nodes):
@@ -38,6 +38,8 @@ def intervals(graph: Graph) -> list[Interval]:
             raise LoweringError(
                 f"{label(graph, index)}: holds NaN or infinity, which is on no fixed-point grid; check the parameters"
             )
+        if node.op == "table":
+            _check_table(graph, index, known[node.inputs[0]])
         own = _interval(node, [known[j] for j in node.inputs])
         known.append(Interval(*map(np.asarray, own)))  # numpy makes numbers of arrays without axes
     return known
@@ -52,6 +54,8 @@ def _interval(node: Node, ins: list[Interval]) -> Interval:
         return Interval(value, value, least_f(value))
     if op == "quantize":
         return _quantize(node, ins[0])
+    if op == "table":
+        return _table(node, ins[0])
     if op == "take":
         index = np.asarray(node.attrs["index"])
         return Interval(*(np.append(v.ravel(), 0)[index] for v in ins[0]))
@@ -125,6 +129,36 @@ def _quantize(node: Node, x: Interval) -> Interval:
         lowest, highest = _format(k, i, f)
         low, high = np.where(whole, lowest, low), np.where(whole, highest, high)
     return _make(low, high, np.where(overflows, f, grid))
+
+
+def _check_table(graph: Graph, index: int, x: Interval) -> None:
+    node = graph.nodes[index]
+    f = np.asarray(node.attrs["f"], np.int64)
+    bad = entries(node, x.low)[1] | entries(node, x.high)[1] | (_grid(x) > f)
+    if bad.any():
+        at = tuple(int(j) for j in np.argwhere(bad)[0])
+        form = ", ".join(f"{key}={int(np.asarray(node.attrs[key])[at])}" for key in "kif")
+        raise LoweringError(
+            f"{label(graph, index)}: its input, element {at}, is a multiple of 2^{-int(x.f[at])} in "
+            f"[{x.low[at]:g}, {x.high[at]:g}], the table is made for ({form}); put a quantizer of that format in front of it"
+        )
+
+
+def _table(node: Node, x: Interval) -> Interval:
+    """Bounds and grid of exactly those entries that lie in the interval and on the grid of `x`."""
+    f, codes, which, f_out = (np.asarray(node.attrs[key], np.int64) for key in ("f", "codes", "which", "f_out"))
+    stride = np.left_shift(1, np.clip(f - x.f, 0, 40))
+    reads = np.stack([np.ravel(v) for v in (which, entries(node, x.low)[0], entries(node, x.high)[0], stride)], axis=1)
+    kinds, back = np.unique(reads, axis=0, return_inverse=True)  # few: elements of one channel read alike
+    found = np.zeros((len(kinds), 3), np.int64)
+    for j, (row, first, last, step) in enumerate(kinds):
+        met = codes[row, first : last + 1 : step]
+        found[j] = met.min(), met.max(), np.bitwise_or.reduce(met)
+    low, high, bits = found[back.ravel()].T.reshape(3, *node.shape)
+    # codes that share trailing zeros lie on a coarser grid
+    trailing = np.where(bits == 0, 0, np.frexp((bits & -bits).astype(np.float64))[1] - 1)
+    scale = -f_out[which]
+    return _make(np.ldexp(low.astype(np.float64), scale), np.ldexp(high.astype(np.float64), scale), -scale - trailing)
 
 
 def _products(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
