@@ -21,6 +21,7 @@ from pquant_jax._errors import LoweringError, did_you_mean
 from pquant_jax.lower.backends import _scalars as ops
 from pquant_jax.lower.dead import remove_dead
 from pquant_jax.lower.ir import Graph, Node, label
+from pquant_jax.lower.passes import simplify
 from pquant_jax.lower.ranges import Interval, check_exact, intervals, least_f, quantize_acts
 from pquant_jax.numerics.oracle import OVERFLOWS, ROUNDINGS, quantize
 
@@ -132,14 +133,15 @@ def to_comb(
 ) -> CombLogic:
     """The da4ml netlist of `graph`: all inputs flattened in order -> all outputs flattened in order.
 
-    Dead channels and constants are removed first (`dead.remove_dead`) unless `keep_dead`; the outputs are the same.
+    Unless `keep_dead`, dead channels and constants are removed first (`dead.remove_dead`), then what is there twice or
+    does nothing (`passes.simplify`); the outputs are the same.
 
     `hwconf` = (adder_size, carry_size, latency_cutoff) of da4ml; `solver_options` go to its matrix solver, such as
     `{"hard_dc": 2}`.  Raises `LoweringError` for what `check_supported` refuses, before any expensive work.
     """
     known = check_supported(graph)
     if not keep_dead:
-        graph = remove_dead(graph)
+        graph = simplify(remove_dead(graph))
         known = check_supported(graph)  # sums of constants may be finer than each of them
     from da4ml.trace import comb_trace
     from da4ml.trace.fixed_variable import HWConfig
