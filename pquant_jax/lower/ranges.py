@@ -6,7 +6,8 @@ are correlated), hence an element with `low == high` is a constant, which the ba
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from pquant_jax.lower.ir import Graph, Node, consumers, entries, label
 from pquant_jax.numerics.oracle import least_f, quantize, round_codes
 
 _NO_GRID: Final = -(1 << 20)  # the f of an exact zero, which lies on every grid
+Ranges = Sequence[tuple[Any, Any]]
 ACCUMULATORS: Final = ("dot", "sum", "add", "sub", "mul")
 
 
@@ -26,13 +28,18 @@ class Interval(NamedTuple):
     f: np.ndarray
 
 
-def intervals(graph: Graph) -> list[Interval]:
-    """The `Interval` of every node, arrays of the node's shape; ports may hold any of their codes.
+def intervals(graph: Graph, input_ranges: Ranges | None = None) -> list[Interval]:
+    """The `Interval` of every node, arrays of the node's shape.
+
+    Ports may hold any of their codes unless `input_ranges` says what arrives: one (low, high) per input, each broadcast
+    to its shape, as real numbers in front of the port; an element whose range leaves the port wraps, so it has all codes.
 
     A `quantize` that can overflow is clipped (SAT, SAT_SYM) or has its whole range (WRAP, WRAP_SM).  Raises
-    `LoweringError` for a constant that isn't finite, and for a table whose input can leave the table's format.
+    `LoweringError` for a constant that isn't finite, for a table whose input can leave the table's format, and for ranges
+    that are none.
     """
     known: list[Interval] = []
+    arrives = arriving(graph, input_ranges)
     for index, node in enumerate(graph.nodes):
         if node.op == "const" and not np.isfinite(node.attrs["value"]).all():
             raise LoweringError(
@@ -41,14 +48,40 @@ def intervals(graph: Graph) -> list[Interval]:
         if node.op == "table":
             _check_table(graph, index, known[node.inputs[0]])
         own = _interval(node, [known[j] for j in node.inputs])
+        if node.op == "input" and index in arrives:
+            low, high = arrives[index]
+            fits = (low >= own.low) & (high <= own.high)
+            own = _make(np.where(fits, low, own.low), np.where(fits, high, own.high), own.f)
         known.append(Interval(*map(np.asarray, own)))  # numpy makes numbers of arrays without axes
     return known
+
+
+def arriving(graph: Graph, input_ranges: Ranges | None) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Per input node the range `input_ranges` on its grid (a port truncates); empty without ranges."""
+    if input_ranges is None:
+        return {}
+    if len(input_ranges) != len(graph.inputs):
+        raise LoweringError(
+            f"the graph has {len(graph.inputs)} inputs, got {len(input_ranges)} ranges; pass one (low, high) per input"
+        )
+    out = {}
+    for index, bounds in zip(graph.inputs, input_ranges, strict=True):
+        node = graph.nodes[index]
+        try:
+            low, high = (np.broadcast_to(np.asarray(v, np.float64), node.shape) for v in bounds)
+        except ValueError as error:
+            raise LoweringError(f"{label(graph, index)}: its range must broadcast to {node.shape}, {error}") from error
+        if not (low <= high).all() or not np.isfinite(low).all() or not np.isfinite(high).all():
+            raise LoweringError(f"{label(graph, index)}: its range must be finite, with low <= high everywhere")
+        f = np.asarray(node.attrs["f"], np.int64)
+        out[index] = tuple(np.ldexp(np.floor(np.ldexp(v, f)), -f) for v in (low, high))
+    return out
 
 
 def _interval(node: Node, ins: list[Interval]) -> Interval:
     op = node.op
     if op == "input":
-        return _port(node)
+        return port_bounds(node)
     if op == "const":
         value = np.asarray(node.attrs["value"], np.float64)
         return Interval(value, value, least_f(value))
@@ -85,13 +118,14 @@ def _grid(a: Interval) -> np.ndarray:
     return np.where((a.low == 0) & (a.high == 0), _NO_GRID, a.f)
 
 
-def _port(node: Node) -> Interval:
+def port_bounds(node: Node) -> Interval:
+    """All values that an `input` node holds."""
     k, i, f = (np.broadcast_to(np.asarray(node.attrs[a], np.int64), node.shape) for a in "kif")
-    low, high = _format(k, i, f)
+    low, high = format_bounds(k, i, f)
     return _make(low, high, f)
 
 
-def _format(k: np.ndarray, i: np.ndarray, f: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def format_bounds(k: np.ndarray, i: np.ndarray, f: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Lowest and highest value of the format; both 0 where k + i + f <= 0."""
     alive = k + i + f > 0
     high = np.where(alive, np.ldexp(1.0, i) - np.ldexp(1.0, -f), 0.0)
@@ -107,7 +141,7 @@ def quantize_acts(node: Node, x: Interval) -> tuple[np.ndarray, np.ndarray]:
     k, i, f = (np.asarray(at[a]).astype(np.int64) for a in "kif")
     rounds = _grid(x) > f
     low, high = (np.ldexp(round_codes(np.ldexp(v, f), str(at["rounding"])), -f) for v in x[:2])
-    lowest, highest = _format(k, i, f)
+    lowest, highest = format_bounds(k, i, f)
     if str(at["overflow"]) == "SAT_SYM":
         lowest = -highest * k
     return rounds, (low < lowest) | (high > highest)
@@ -122,11 +156,11 @@ def _quantize(node: Node, x: Interval) -> Interval:
     grid = np.minimum(f, _grid(x))
     if overflow == "WRAP":  # subtracting periods 2^(i+k) leaves a coarse grid coarse
         whole = overflows & (x.low != x.high)
-        lowest, highest = _format(k, i, np.maximum(grid, -(i + k)))
+        lowest, highest = format_bounds(k, i, np.maximum(grid, -(i + k)))
         return _make(np.where(whole, lowest, low), np.where(whole, highest, high), grid)
     if overflow == "WRAP_SM":
         whole = overflows & (x.low != x.high)
-        lowest, highest = _format(k, i, f)
+        lowest, highest = format_bounds(k, i, f)
         low, high = np.where(whole, lowest, low), np.where(whole, highest, high)
     return _make(low, high, np.where(overflows, f, grid))
 
