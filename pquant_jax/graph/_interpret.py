@@ -94,8 +94,11 @@ def flatten(closed: ClosedJaxpr, opaque: Callable[[Any], bool] = lambda eqn: Fal
         for eqn in jaxpr.eqns:
             ins = tuple(read(v) for v in eqn.invars)
             call, scope = inner(eqn), str(eqn.source_info.name_stack) or outer
-            if call is not None and not opaque(eqn):
-                outs: Sequence[int | Const] = walk(call[0], call[1], ins, scope)
+            only = _only_part(eqn)
+            if only is not None:
+                outs: Sequence[int | Const] = [ins[only]]
+            elif call is not None and not opaque(eqn):
+                outs = walk(call[0], call[1], ins, scope)
             else:
                 slots = tuple(fresh() for _ in eqn.outvars)
                 steps.append(Step(eqn, ins, slots, scope))
@@ -105,7 +108,26 @@ def flatten(closed: ClosedJaxpr, opaque: Callable[[Any], bool] = lambda eqn: Fal
 
     inputs = tuple(fresh() for _ in closed.jaxpr.invars)
     outputs = walk(closed.jaxpr, closed.consts, inputs, "")
-    return Program(_keep_shared_axes(steps, outputs, fresh), inputs, tuple(outputs))
+    return Program(_keep_shared_axes(_read(steps, outputs), outputs, fresh), inputs, tuple(outputs))
+
+
+def _only_part(eqn: Any) -> int | None:
+    """Which operand a concatenation with nothing is: `jnp.pad` puts edges of width 0 at every axis, the batch too."""
+    if eqn.primitive.name != "concatenate":
+        return None
+    parts = [n for n, v in enumerate(eqn.invars) if np.prod(v.aval.shape) > 0]
+    return parts[0] if len(parts) == 1 else None
+
+
+def _read(steps: Sequence[Step], outputs: Sequence[int | Const]) -> list[Step]:
+    """The steps that an output needs, and those with effects."""
+    needed = {v for v in outputs if isinstance(v, int)}
+    kept = []
+    for step in reversed(steps):
+        if step.eqn.effects or needed.intersection(step.outs):
+            needed.update(v for v in step.ins if isinstance(v, int))
+            kept.append(step)
+    return kept[::-1]
 
 
 def _keep_shared_axes(steps: Sequence[Step], outputs: Sequence[int | Const], fresh: Callable[[], int]) -> tuple[Step, ...]:
