@@ -15,7 +15,7 @@ from pquant_jax._base import KIF, SiteSpec, Tree, View
 from pquant_jax._errors import TraceError
 from pquant_jax.graph._interpret import PRODUCTS, Const, bind, flatten
 from pquant_jax.graph._values import STRUCTURE
-from pquant_jax.numerics import mask_p, quantize_p, total_bits
+from pquant_jax.numerics import mask_p, quantize_p, region_name, total_bits
 
 
 @dataclass(eq=False)
@@ -71,7 +71,7 @@ def of_view(
 
 
 def _count(function: Callable, args: tuple, values: Sequence[_Bits], compat: str | None) -> dict[str, jax.Array]:
-    program = flatten(jax.make_jaxpr(function)(*args))
+    program = flatten(jax.make_jaxpr(function)(*args), lambda eqn: region_name(eqn) is not None)
     total: dict[str, jax.Array] = {}
     env: dict[int, _Bits] = dict(zip(program.inputs, values, strict=True))
     for step in program.steps:
@@ -109,6 +109,9 @@ def _rule(eqn: Any, ins: list[_Bits], outs: list[Any], data: bool, total: dict[s
         return bind(eqn, [ins[0].bits, *(v.val for v in ins[1:])])[0]
     if name == "concatenate" and all(v.bits is not None for v in ins):
         return bind(eqn, [v.bits for v in ins])[0]
+    if name == "select_n" and data:  # a mask: what is 0 elsewhere keeps its bits
+        known = [v for v in ins[1:] if v.bits is not None]
+        return known[0].bits if len(known) == 1 and not any(v.data for v in ins[1:] if v is not known[0]) else None
     if name in ("max", "min", "abs", "neg", "site", "clamp"):
         known = [v for v in ins if v.bits is not None]
         if len(known) == 1 and all(jnp.ndim(v.val) == 0 for v in ins if v is not known[0]):
