@@ -140,6 +140,7 @@ class Transform(NamedTuple):
     penalty   (params, state, view) -> scalar added to the loss; 0 if the method has none.
     labels    (params) -> tree like params of "weights" | "bits" | "thresholds" | "duals".
     needs     statistics it wants in `step(stats=...)`; only those are computed (see `Stats`).
+    formats   {site: format to start from, and where it was said} of a quantizer, for people to read (`pq.explain`).
 
     `view` in `step` and `boundary` is the view that enters the method, `previous` the parameters before the update.
     """
@@ -153,6 +154,7 @@ class Transform(NamedTuple):
     penalty: Callable[[Params, State, View], jax.Array]
     labels: Callable[[Params], Params]
     needs: frozenset[str] = frozenset()
+    formats: Mapping[str, Any] = {}  # never written to
 
 
 Stats = Mapping[str, Mapping[str, Any]]

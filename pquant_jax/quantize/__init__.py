@@ -1,7 +1,21 @@
 """Level 3: quantizers, one file each."""
 
 from pquant_jax.quantize._fixed import FixedState, fixed
-from pquant_jax.quantize._format import Format
+from pquant_jax.quantize._format import GRANULARITIES, KINDS, Choice, Format, defaults_of, fields_of, label, of_kind, resolve
 from pquant_jax.quantize._hgq import HGQState, hgq
 
-__all__ = ["FixedState", "Format", "HGQState", "fixed", "hgq"]
+__all__ = [
+    "GRANULARITIES",
+    "KINDS",
+    "Choice",
+    "FixedState",
+    "Format",
+    "HGQState",
+    "defaults_of",
+    "fields_of",
+    "fixed",
+    "hgq",
+    "label",
+    "of_kind",
+    "resolve",
+]
