@@ -182,4 +182,31 @@ class Fixed(Section):
         return _completed("fixed", Bits, data)
 
 
-Quantization = Annotated[HGQ | Fixed, Field(discriminator="method")]
+class Dynamic(Section):
+    """Widths of k + i + f bits, divided as the values need; i and f only say where that begins."""
+
+    method: Literal["dynamic"] = "dynamic"
+    decay: NotNegative = 0.01
+    """Bits per step that an activation's range may shrink."""
+    weights: MovingBits = _bits("dynamic", "weights", MovingBits)
+    """Format of kernels and fused scales."""
+    biases: MovingBits | None = None
+    """Of biases; null, and what is left out: as weights."""
+    activations: MovingBits = _bits("dynamic", "activations", MovingBits)
+    """Format of what enters a layer."""
+    tables: MovingBits = _bits("dynamic", "tables", MovingBits)
+    """Of what a table gives: tanh, gelu, softmax's parts."""
+    outputs: MovingBits | None = None
+    """Of the model's outputs, where they have one; null, and what is left out: as activations."""
+    rules: list[MovingRule] = []
+    """Exceptions, the first match wins."""
+    compat: Literal["pquantml"] | None = None
+    """Do as PQuantML does where that differs, to compare with it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, data: Any) -> Any:
+        return _completed("dynamic", MovingBits, data)
+
+
+Quantization = Annotated[HGQ | Fixed | Dynamic, Field(discriminator="method")]

@@ -1,5 +1,7 @@
 """Level 3: quantizers, one file each."""
 
+from pquant_jax.quantize._dynamic import DynamicState, dynamic
+from pquant_jax.quantize._explain import TEMPLATES, explain, template
 from pquant_jax.quantize._fixed import FixedState, fixed
 from pquant_jax.quantize._format import GRANULARITIES, KINDS, Choice, Format, defaults_of, fields_of, label, of_kind, resolve
 from pquant_jax.quantize._hgq import HGQState, hgq
@@ -7,15 +9,20 @@ from pquant_jax.quantize._hgq import HGQState, hgq
 __all__ = [
     "GRANULARITIES",
     "KINDS",
+    "TEMPLATES",
     "Choice",
+    "DynamicState",
     "FixedState",
     "Format",
     "HGQState",
     "defaults_of",
+    "dynamic",
+    "explain",
     "fields_of",
     "fixed",
     "hgq",
     "label",
     "of_kind",
     "resolve",
+    "template",
 ]

@@ -39,6 +39,7 @@ def fixed(
         first match wins.
     Raises: TransformError for an unknown mode, a rule that matches nothing, or a format wider than the site's `max_bits`.
 
+    >>> import jax.numpy as jnp
     >>> t = fixed({"kernel": SiteSpec((2,), "kernel")}, weights=Format(i=0, f=2, k=1))
     >>> params = t.attach({"kernel": jnp.float32([0.3, 2.0])})
     >>> t.apply(params, t.init(params))[0].model["kernel"].tolist()
