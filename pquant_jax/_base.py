@@ -160,6 +160,7 @@ class Transform(NamedTuple):
 Stats = Mapping[str, Mapping[str, Any]]
 """Statistics of one batch by kind.
 
-"range": {site: (low, high)}, arrays of the site's per-sample shape.  By kernel, arrays that broadcast against it:
+"range": {site: (low, high)}, arrays of the site's per-sample shape.  "format": {site: (i, f)} as a calibration chose
+them, of the format's shape.  By kernel, arrays that broadcast against it:
 "square": E[x^2] of its inputs; "active": the fraction of its outputs, after bias or BatchNorm, above 0; "gradient": of the loss.
 """

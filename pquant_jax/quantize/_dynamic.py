@@ -68,7 +68,8 @@ def dynamic(
       weights, biases, activations, tables, outputs, rules: as in `fixed`; what is not `trainable` stays as it is.
     Raises: TransformError for a rule that matches nothing or a format wider than the site's `max_bits`.
 
-    >>> t = dynamic({"kernel": SiteSpec((2, 3), "kernel", channel_axes=(1,))}, weights=Format(i=0, f=3, k=1, granularity="channel"))
+    >>> four_bits = Format(i=0, f=3, k=1, granularity="channel")
+    >>> t = dynamic({"kernel": SiteSpec((2, 3), "kernel", channel_axes=(1,))}, weights=four_bits)
     >>> params = t.attach({"kernel": jnp.float32([[0.2, 0.7, 3.0], [-0.1, 0.3, 0.4]])})
     >>> view, _ = t.apply(params, t.init(params))
     >>> view.sites["kernel"].i.tolist(), view.model["kernel"].tolist()

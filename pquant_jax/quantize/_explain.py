@@ -45,9 +45,8 @@ def _row(name: str, spec: SiteSpec, choice: Choice | None) -> tuple[str, ...]:
         return name, str(spec.shape), spec.kind, "", "", "", limit, "", "", "", "", "no quantizer: float"
     fmt = choice.format
     bits = (str(sign_bit(spec, fmt)), f"{fmt.i:g}", f"{fmt.f:g}")
-    return (
-        name, str(spec.shape), spec.kind, *bits, limit, fmt.rounding, fmt.overflow, str(fmt.granularity), choice.moves, choice.source,
-    )  # fmt: skip
+    modes = (fmt.rounding, fmt.overflow, str(fmt.granularity))
+    return name, str(spec.shape), spec.kind, *bits, limit, *modes, choice.moves, choice.source
 
 
 def template(inst: Any, quantizer: str = "hgq") -> str:

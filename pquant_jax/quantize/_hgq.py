@@ -172,6 +172,7 @@ def hgq(
             k = signs(params, exact, stats)
             i = {name: jnp.where(now, exact[name], old) for name, old in state.i.items()}
             state = state._replace(i=i, k={**state.k, **{n: jnp.where(now, k[n], state.k[n]) for n in k}})
+            params = Params(params.model, {**params.extra, "hgq": _set(params.extra["hgq"], stats.get("format", {}), now)})
         t = epoch.astype(jnp.float32) / jnp.maximum(epochs - 1, 1).astype(jnp.float32)
         start, end = state.hyper["beta"], state.hyper["beta_end"]
         end = jnp.where(jnp.isnan(end), start, end)
@@ -205,6 +206,15 @@ def _choices(sites: Mapping[str, SiteSpec], choices: Mapping[str, Choice]) -> di
             continue
         follows = "its value" if sites[name].kind in PARAMETERS else "the range"
         made[name] = choice._replace(moves="i, f" if fmt.overflow != "WRAP" else f"f; i follows {follows}")
+    return made
+
+
+def _set(bits: Any, formats: Mapping[str, Any], now: jax.Array) -> Any:
+    """The trained bits with those of the sites in `formats` that saturate replaced: what a calibration chose for them."""
+    made = {part: dict(values) for part, values in bits.items()}
+    for name in formats.keys() & made["i"].keys():
+        for part, new in zip(("i", "f"), formats[name], strict=True):
+            made[part][name] = jnp.where(now, new, made[part][name])
     return made
 
 

@@ -37,7 +37,7 @@ def rounded(v: jax.Array, f: jax.Array, rounding: str) -> jax.Array:
 
 
 def needed_bits(
-    low: jax.Array, high: jax.Array, k: jax.Array, f: jax.Array, rounding: str, max_bits: float | None = None
+    low: jax.Array, high: jax.Array, k: jax.Array, f: jax.Array, rounding: str, max_bits: float | jax.Array | None = None
 ) -> jax.Array:
     """Fewest integer bits that hold the rounded range, where f gives way so that k + i + f <= max_bits.
 
