@@ -134,6 +134,8 @@ def scan(
     groups = groups_of(weights=weights, intermediates=intermediates, results=results)
     grid, metrics = _grid(widths, integers), as_metrics(metric)
     known_modes(rounding, overflow)
+    if SCAN not in groups.values():
+        raise TransformError(f"weights, intermediates and results are {list(groups.values())}: expected 'scan' for one at least")
     if chunk < 1:
         raise TransformError(f"chunk is {chunk}, expected 1 or more points side by side")
     s = subject(model, params, data, state=model_state, samples=samples, batch=batch)
