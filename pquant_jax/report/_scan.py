@@ -108,6 +108,7 @@ def scan_map(scanned: Scan, *, drop: float | None = None, unit: str = "") -> str
         colours = colours if scanned.higher_is_better else colours.reversed()
         image = axes.imshow(t.values.T, origin="lower", cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="none")
         style.bare(axes)
+        axes.set_facecolor(style.GRID)  # of cells without a value
         axes.set_xticks(range(len(t.widths)), [str(w) for w in t.widths])
         axes.set_yticks(range(len(t.integers)), [str(n) for n in t.integers])
         axes.set(xlabel="total width W [bits]", ylabel="integer bits I, sign included")
@@ -153,10 +154,11 @@ def _number(value: float, unit: str) -> str:
 def _write_cells(axes: Axes, values: np.ndarray, low: float, high: float, *, dark_is_high: bool) -> None:
     digits = 3 if max(abs(low), abs(high)) < 9.995 else 1
     for (row, column), value in np.ndenumerate(values):
-        depth = np.clip((value - low) / (high - low), 0, 1) if np.isfinite(value) else 0.0
-        dark = (depth if dark_is_high else 1 - depth) > 0.55
+        known = bool(np.isfinite(value))
+        depth = float(np.clip((value - low) / (high - low), 0, 1)) if known else float(not dark_is_high)
         plain = f"{value:.{digits}f}"
-        shown = (plain if len(plain) <= 6 else f"{value:.0e}".replace("e+0", "e")) if np.isfinite(value) else "–"
+        shown = (plain if len(plain) <= 6 else f"{value:.0e}".replace("e+0", "e")) if known else "–"
+        dark = (depth if dark_is_high else 1 - depth) > 0.55
         axes.text(row, column, shown, ha="center", va="center", fontsize=8, color="white" if dark else style.INK)
 
 
@@ -326,7 +328,7 @@ def scan_layers(found: Sensitive, *, unit: str = "") -> str:
         for place, d in zip(places, drop, strict=True):
             axes.text(max(d, 0) + 0.012 * reach, place, f"{d:.3g}", va="center", fontsize=8, color=style.MUTED)
         axes.set_xlim(min(1.1 * drop.min(), 0), 1.14 * max(drop.max(), 1e-12))
-        axes.set_xlabel(f"loss of {_titled(style.printable(found.name, 30), unit)} against all parts wide")
+        axes.set_xlabel(f"how much worse {_titled(style.printable(found.name, 30), unit)} is than with all parts wide")
         axes.set_title(f"Sensitivity: one at a time with {fmt}")
 
     return style.render(draw, (7.2, 1.3 + 0.28 * len(names)), "sensitivity by layer")
