@@ -37,6 +37,7 @@ from pquant_jax.graph import (
 )
 from pquant_jax.numerics import kif, mask, site
 from pquant_jax.quantize import explain, template
+from pquant_jax.search import scan
 from pquant_jax.train import Metric, Plan, Result, calibrate, finalize, fit, load_final, save_final
 from pquant_jax.transforms import (
     as_optax,
@@ -107,6 +108,7 @@ __all__ = [
     "prune",
     "quantize",
     "save_final",
+    "scan",
     "search",
     "shrink",
     "site",
