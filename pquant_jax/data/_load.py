@@ -22,7 +22,7 @@ NAMED: Final = {
     "mnist": mnist, "pixel_clusters": pixel_clusters,
 }  # fmt: skip
 COUNTED: Final = {"particles": particles, "jet_masses": jet_masses}
-KNOWN: Final = "a data set's name, a path that ends in .npz or .csv, or 'package.module:function'"
+KNOWN: Final = ", ".join(map(repr, NAMED)) + ", a path that ends in .npz or .csv, or 'package.module:function'"
 FUNCTION: Final = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -39,8 +39,8 @@ def load(spec: str, *, task: str = "classification", standardise: bool = False) 
 
     >>> load("jest")
     Traceback (most recent call last):
-    pquant_jax._errors.ConfigError: data is 'jest', expected a data set's name, a path that ends in .npz or .csv, or \
-'package.module:function'; did you mean 'jets'?
+    pquant_jax._errors.ConfigError: data is 'jest', expected 'jets', 'openml:jets', 'particles', 'jet_masses', \
+'anomalies', 'mnist', 'pixel_clusters', a path that ends in .npz or .csv, or 'package.module:function'; did you mean 'jets'?
     """
     if spec in NAMED:
         return check(NAMED[spec](), task)
