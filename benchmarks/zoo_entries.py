@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy.stats import rankdata
 
@@ -58,12 +57,11 @@ def hgq(beta: float = 2e-6, beta_end: float | None = 2e-5, **kwargs: Any) -> Cal
     return make
 
 
-def fixed(weights: Format = Format(i=0, f=7, k=1), activations: Format = Format(i=2, f=5), rules: Any = ()) -> Callable:
+def fixed(weights: Format, activations: Format) -> Callable[[pq.Instrumented], pq.Transform]:
     """Fixed formats."""
 
     def make(inst: pq.Instrumented) -> pq.Transform:
-        known = [(where, fmt) for where, fmt in rules if any(where.split("/")[0] in name for name in inst.sites)]
-        return pq.chain(pq.quantize.fixed(inst.sites, weights=weights, activations=activations, rules=known))
+        return pq.chain(pq.quantize.fixed(inst.sites, weights=weights, activations=activations))
 
     return make
 

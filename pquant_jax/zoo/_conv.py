@@ -152,7 +152,7 @@ class ResNet(nn.Module):
 
 
 def resnet20(outputs: int = 10, *, blocks: int = 3, width: int = 16) -> ResNet:
-    """ResNet-20: three stages of residual blocks of two 3 x 3 convolutions; 0.27 million weights, 41 million products.
+    """ResNet-20: three stages of residual blocks of two 3 x 3 convolutions; 0.27 million weights, 40 million products.
 
     He et al., arXiv:1512.03385, sec. 4.2, with a 1 x 1 convolution where a shortcut changes its width.  Far too large to be
     unrolled: the model that the size limit of the lowering is for.

@@ -42,7 +42,9 @@ class DeepSets(nn.Module):
 
 
 def deepsets(phi: Sequence[int] = (16, 8), rho: Sequence[int] = (16,), outputs: int = 5) -> DeepSets:
-    """rho(2^-c sum_p phi(x_p)): the same dense layers for every particle, a sum, dense layers (Zaheer et al., arXiv:1703.06114, eq. 4).
+    """rho(2^-c sum_p phi(x_p)): the same dense layers for every particle, a sum, dense layers.
+
+    Source: Zaheer et al., "Deep Sets", arXiv:1703.06114, eq. 4.
 
     phi, rho: widths of the layers before and behind the sum, relu behind each.  outputs: of the linear layer at the end.
     2^-c is the power of two nearest below 1 / particles: a shift, where a mean would be a multiplier.
@@ -129,7 +131,7 @@ def jedi_linear(
 
     h_r = relu(W_1 x_r + W_2 sum_s x_s / P + b): as messages are linear, summing them over s is one product with the sum of
     all particles.  Then dense layers per particle, a sum over particles, dense layers.
-    Source: Que et al., "JEDI-linear: fast and efficient graph neural networks for jet tagging on FPGAs", arXiv:2508.15468, sec. III.
+    Source: Que et al., "JEDI-linear", arXiv:2508.15468, sec. III.
 
     features: per particle.  edge: width of h.  node, head: widths before and behind the sum, relu behind each layer.
     1 / P is the power of two nearest below it.  seed: of the initial weights.

@@ -95,8 +95,8 @@ class GRU(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x (n, steps, features) -> (n, outputs)."""
-        states = nn.RNN(nn.GRUCell(self.width))(x)
-        return nn.Dense(self.outputs)(states[:, -1])
+        last, _ = nn.RNN(nn.GRUCell(self.width))(x, return_carry=True)
+        return nn.Dense(self.outputs)(jnp.asarray(last))
 
 
 def gru(width: int = 8, outputs: int = 5) -> GRU:
