@@ -8,7 +8,7 @@
 'chain(dst, hgq)'
 """
 
-from pquant_jax import constrain, data, graph, numerics, prune, quantize, search, train, transforms
+from pquant_jax import constrain, data, graph, nn, numerics, prune, quantize, search, train, transforms
 from pquant_jax._base import KIF, AxisRole, Event, InputSpec, Params, SiteSpec, Stage, Transform, View
 from pquant_jax._errors import (
     ConfigError,
@@ -102,6 +102,7 @@ __all__ = [
     "mask",
     "masked",
     "named",
+    "nn",
     "numerics",
     "optimizer",
     "pnorm_decay",
