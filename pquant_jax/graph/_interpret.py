@@ -32,13 +32,15 @@ class Const(NamedTuple):
 class Step(NamedTuple):
     """One equation of the flat program; operands are slots (int) or `Const`s, results are slots.
 
-    scope: the innermost `jax.named_scope` it was traced under, e.g. the site's name.
+    scope: the innermost `jax.named_scope` it was traced under, e.g. the site's name.  calls: the names of the functions
+    it was inlined from, outermost first.
     """
 
     eqn: Any
     ins: tuple[int | Const, ...]
     outs: tuple[int, ...]
     scope: str = ""
+    calls: tuple[str, ...] = ()
 
 
 class Program(NamedTuple):
@@ -79,20 +81,23 @@ def flatten(closed: ClosedJaxpr, opaque: Callable[[Any], bool] = lambda eqn: Fal
             values.update(zip(step.outs, results, strict=True))
         return values.get(v)
 
-    def call(eqn: Any, ins: Sequence[int | Const], scope: str) -> list[int | Const] | None:
+    def call(eqn: Any, ins: Sequence[int | Const], scope: str, calls: tuple[str, ...]) -> list[int | Const] | None:
         """The results of an equation that holds a jaxpr to be walked."""
         found = None if opaque(eqn) else inner(eqn)
         if found is not None:
-            return walk(*found, ins, scope)
+            name = eqn.params.get("name")
+            return walk(*found, ins, scope, (*calls, str(name)) if name else calls)
         straight = unroll(eqn, lambda n: known(ins[n]))
         if straight is None:
             return None
-        outs = walk(straight.closed.jaxpr, straight.closed.consts, [ins[n] for n in straight.operands], scope)
+        outs = walk(straight.closed.jaxpr, straight.closed.consts, [ins[n] for n in straight.operands], scope, calls)
         pairs = ((ins[before], outs[after]) for before, after in straight.carries)
         carries.extend((a, b) for a, b in pairs if isinstance(a, int) and isinstance(b, int))
         return outs[: len(eqn.outvars)]
 
-    def walk(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[int | Const], outer: str) -> list[int | Const]:
+    def walk(
+        jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[int | Const], outer: str, calls: tuple[str, ...] = ()
+    ) -> list[int | Const]:
         env: dict[Any, int | Const] = dict(zip(jaxpr.constvars, map(Const, consts), strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
 
@@ -102,17 +107,18 @@ def flatten(closed: ClosedJaxpr, opaque: Callable[[Any], bool] = lambda eqn: Fal
         for eqn in jaxpr.eqns:
             ins = tuple(read(v) for v in eqn.invars)
             scope, only = str(eqn.source_info.name_stack) or outer, _only_part(eqn)
-            outs: Sequence[int | Const] | None = call(eqn, ins, scope) if only is None else [ins[only]]
+            outs: Sequence[int | Const] | None = call(eqn, ins, scope, calls) if only is None else [ins[only]]
             if outs is None:
                 outs = slots = tuple(fresh() for _ in eqn.outvars)
-                steps.append(Step(eqn, ins, slots, scope))
+                steps.append(Step(eqn, ins, slots, scope, calls))
                 made.update(dict.fromkeys(slots, steps[-1]))
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(v) for v in jaxpr.outvars]
 
     inputs = tuple(fresh() for _ in closed.jaxpr.invars)
     outputs = walk(closed.jaxpr, closed.consts, inputs, "")
-    return Program(_keep_shared_axes(_read(steps, outputs), outputs, fresh), inputs, tuple(outputs), tuple(carries))
+    kept = _keep_shared_axes(_reached(steps, outputs), outputs, fresh)
+    return Program(kept, inputs, tuple(outputs), tuple(carries))
 
 
 def _only_part(eqn: Any) -> int | None:
@@ -123,15 +129,15 @@ def _only_part(eqn: Any) -> int | None:
     return parts[0] if len(parts) == 1 else None
 
 
-def _read(steps: Sequence[Step], outputs: Sequence[int | Const]) -> list[Step]:
-    """The steps that an output needs, and those with effects."""
+def _reached(steps: Sequence[Step], outputs: Sequence[int | Const]) -> tuple[Step, ...]:
+    """The steps that the outputs depend on: `instrument` leaves both forms of what it fuses, and one of them is dead."""
     needed = {v for v in outputs if isinstance(v, int)}
-    kept = []
+    kept: list[Step] = []
     for step in reversed(steps):
-        if step.eqn.effects or needed.intersection(step.outs):
-            needed.update(v for v in step.ins if isinstance(v, int))
+        if needed.intersection(step.outs) or step.eqn.effects:
             kept.append(step)
-    return kept[::-1]
+            needed.update(v for v in step.ins if isinstance(v, int))
+    return tuple(reversed(kept))
 
 
 def _keep_shared_axes(steps: Sequence[Step], outputs: Sequence[int | Const], fresh: Callable[[], int]) -> tuple[Step, ...]:
