@@ -31,7 +31,7 @@ def test_records_of_a_whole_run(plain, run):
     assert [r["epoch"] for r in result.history] == list(range(8))
     assert [record for record, _ in seen] == result.history
     assert [int(state.count) for _, state in seen] == [25 * (n + 1) for n in range(8)]
-    assert all(set(r) == KEYS | {"ebops"} for r in result.history)
+    assert all(set(r) == KEYS | {"ebops", "beta"} for r in result.history)
     assert result.history[-1]["loss"] < 0.8 * result.history[0]["loss"]
     assert np.isclose(result.seconds, sum(r["seconds"] for r in result.history))
     assert set(plain.inst.sites) == set(result.view.sites)
