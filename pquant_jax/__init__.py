@@ -36,6 +36,7 @@ from pquant_jax.graph import (
     summary_text,
 )
 from pquant_jax.numerics import kif, mask, site
+from pquant_jax.quantize import explain, template
 from pquant_jax.train import Metric, Plan, Result, calibrate, finalize, fit, load_final, save_final
 from pquant_jax.transforms import (
     as_optax,
@@ -85,6 +86,7 @@ __all__ = [
     "constrain",
     "data",
     "ebops",
+    "explain",
     "finalize",
     "fit",
     "from_equinox",
@@ -111,6 +113,7 @@ __all__ = [
     "sparsity_summary",
     "state_of",
     "summary_text",
+    "template",
     "train",
     "transforms",
     "update_state",

@@ -18,7 +18,7 @@ from pquant_jax._base import KIF, SiteSpec, Tree, View
 from pquant_jax._errors import TraceError, did_you_mean
 from pquant_jax.graph import _costs
 from pquant_jax.graph._costs import Total
-from pquant_jax.graph._interpret import PRODUCTS, Const, Program, Step, bind, contains_product, flatten, nested
+from pquant_jax.graph._interpret import PRODUCTS, Const, Step, bind, contains_product, flatten, nested
 from pquant_jax.graph._values import STRUCTURE
 from pquant_jax.numerics import lookup_p, mask_p, quantize_p, region_name
 
@@ -149,7 +149,7 @@ def _count(
     program = flatten(jax.make_jaxpr(function)(*args), lambda eqn: region_name(eqn) is not None)
     run = _Run(Total(), compat, dict(parallel or {}), frozenset(sites))
     env: dict[int, _Bits] = dict(zip(program.inputs, values, strict=True))
-    for step in _needed(program):
+    for step in program.steps:
         ins = [_Bits(v.value) if isinstance(v, Const) else env[v] for v in step.ins]
         _check_loop(step.eqn, ins)
         outs = bind(step.eqn, [v.val for v in ins])
@@ -169,17 +169,6 @@ def _check_loop(eqn: Any, ins: Sequence[_Bits]) -> None:
     if region_name(eqn) is None and any(v.data for v in ins) and any(contains_product(sub) for sub in nested(eqn)):
         what = eqn.primitive.name
         raise TraceError(f"products inside {what!r} can't be counted; unroll it (a Python loop over the steps, or scan)")
-
-
-def _needed(program: Program) -> list[Step]:
-    """The steps that the outputs depend on: what `instrument` computes beside and nobody reads costs nothing."""
-    wanted = {v for v in program.outputs if not isinstance(v, Const)}
-    kept = []
-    for step in reversed(program.steps):
-        if wanted.intersection(step.outs):
-            wanted.update(v for v in step.ins if not isinstance(v, Const))
-            kept.append(step)
-    return kept[::-1]
 
 
 def _rule(run: _Run, step: Step, ins: list[_Bits], made: list[_Bits]) -> None:

@@ -100,7 +100,10 @@ def compile_epoch(epoch: Callable) -> Callable:
 
 
 def make_evaluate(inst: Instrumented, compression: Transform, loss: Callable, metric: Metric, *, quantized: bool) -> Callable:
-    """evaluate(state, data) -> dict of scalars: val_loss, val_metric, sparsity and, where every site has a format, ebops; beta of a trained one."""
+    """evaluate(state, data) -> dict of scalars: val_loss, val_metric, sparsity, beta where bits are trained, and ebops.
+
+    ebops: where every site has a format.
+    """
 
     def evaluate(state: TrainState, data: Batch) -> dict[str, jax.Array]:
         inner = state_of(state.opt_state)

@@ -21,6 +21,7 @@ from pquant_jax._errors import LoweringError, did_you_mean
 from pquant_jax.lower.backends import _scalars as ops
 from pquant_jax.lower.dead import remove_dead
 from pquant_jax.lower.ir import Graph, Node, label
+from pquant_jax.lower.passes import simplify
 from pquant_jax.lower.ranges import Interval, check_exact, intervals, least_f, quantize_acts
 from pquant_jax.numerics.oracle import OVERFLOWS, ROUNDINGS, quantize
 
@@ -132,14 +133,15 @@ def to_comb(
 ) -> CombLogic:
     """The da4ml netlist of `graph`: all inputs flattened in order -> all outputs flattened in order.
 
-    Dead channels and constants are removed first (`dead.remove_dead`) unless `keep_dead`; the outputs are the same.
+    Unless `keep_dead`, dead channels and constants are removed first (`dead.remove_dead`), then what is there twice or
+    does nothing (`passes.simplify`); the outputs are the same.
 
     `hwconf` = (adder_size, carry_size, latency_cutoff) of da4ml; `solver_options` go to its matrix solver, such as
     `{"hard_dc": 2}`.  Raises `LoweringError` for what `check_supported` refuses, before any expensive work.
     """
     known = check_supported(graph)
     if not keep_dead:
-        graph = remove_dead(graph)
+        graph = simplify(remove_dead(graph))
         known = check_supported(graph)  # sums of constants may be finer than each of them
     from da4ml.trace import comb_trace
     from da4ml.trace.fixed_variable import HWConfig
@@ -198,6 +200,8 @@ def _operation(node: Node, ins: list[np.ndarray], ranges: list[Interval], circui
         return _port(node, circuit)
     if op == "quantize":
         return _quantize_array(node, ins[0], ranges[0])
+    if op == "table":
+        return _table_array(node, ins[0], ranges[0])
     if op == "take":
         index = np.asarray(node.attrs["index"])
         return np.append(ins[0].ravel(), 0.0)[index.ravel()].reshape(index.shape)
@@ -271,6 +275,23 @@ def _quantize_array(node: Node, x: np.ndarray, known: Interval) -> np.ndarray:
         if rounds.ravel()[j]:
             v = ops.round_to(v, f[j], int(known.f.ravel()[j]), rounding)
         out.append(ops.clip(v, k[j], i[j], f[j], overflow if overflows.ravel()[j] else "WRAP"))
+    return _objects(out, node.shape)
+
+
+def _table_array(node: Node, x: np.ndarray, known: Interval) -> np.ndarray:
+    """Per element, a table of the entries that its input can reach."""
+    k, i, f = (np.asarray(node.attrs[key]).astype(np.int64).ravel().tolist() for key in "kif")
+    codes, which, f_out = np.asarray(node.attrs["codes"]), np.ravel(node.attrs["which"]), np.asarray(node.attrs["f_out"])
+    low, high, fx = (v.ravel().tolist() for v in known)
+    out: list[Any] = []
+    for j, v in enumerate(x.ravel()):
+        row, zero = codes[which[j]], k[j] << max(i[j] + f[j], 0) if k[j] + i[j] + f[j] > 0 else 0
+        grid, scale = f[j], -int(f_out[which[j]])
+
+        def read(points: np.ndarray, row=row, zero=zero, grid=grid, scale=scale) -> np.ndarray:
+            return np.ldexp(row[np.ldexp(points, grid).astype(np.int64) + zero].astype(np.float64), scale)
+
+        out.append(ops.lookup(v, read, low[j], high[j], fx[j]))
     return _objects(out, node.shape)
 
 
