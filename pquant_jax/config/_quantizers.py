@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from pquant_jax import quantize
+from pquant_jax.config._beta import BetaValue
 from pquant_jax.config._fields import Float, NotNegative, Section, Sign, Where, whole
 
 ROUNDINGS = Literal["TRN", "RND", "RND_CONV", "TRN_ZERO", "RND_ZERO", "RND_MIN_INF", "RND_INF"]
@@ -122,8 +123,8 @@ class HGQ(Section):
     """Bit-widths trained by gradient, per element, under the pressure of beta x EBOPs."""
 
     method: Literal["hgq"] = "hgq"
-    beta: NotNegative = 1e-5
-    """Penalty per EBOP at the start of the training stage."""
+    beta: BetaValue = 1e-5
+    """Penalty per EBOP at the start of the training stage; or pieces [[epoch, beta, linear], ...], or {target: EBOPs}."""
     beta_end: NotNegative | None = None
     """Penalty per EBOP at its end, reached geometrically; null: as beta."""
     gamma: NotNegative | None = None

@@ -1,5 +1,6 @@
 """Level 3: quantizers, one file each."""
 
+from pquant_jax.quantize._beta import Beta, pid, piecewise, ramp
 from pquant_jax.quantize._dynamic import DynamicState, dynamic
 from pquant_jax.quantize._explain import TEMPLATES, explain, template
 from pquant_jax.quantize._fixed import FixedState, fixed
@@ -19,6 +20,7 @@ from pquant_jax.quantize._hgq import HGQState, hgq
 from pquant_jax.quantize._ranges import F_LIMITS, needed_bits
 
 __all__ = [
+    "Beta",
     "F_LIMITS",
     "GRANULARITIES",
     "KINDS",
@@ -37,6 +39,9 @@ __all__ = [
     "hgq",
     "label",
     "needed_bits",
+    "piecewise",
+    "pid",
+    "ramp",
     "of_kind",
     "resolve",
     "template",
