@@ -354,6 +354,23 @@ def _formats_table() -> dict[str, tuple[Any, Any, list[str]]]:
     return table
 
 
+def _quantizers_table() -> dict[str, tuple[Any, Any, list[str]]]:
+    """Every other key of the quantizers but hgq."""
+    values = {"decay": 0.5, "compat": "pquantml", "granularity": "tensor", "clip": 2, "threshold": 0.3}
+    values |= {"m": 1, "e": 4, "e0": 2, "beta": 0.5, "freeze": False}
+    table: dict[str, tuple[Any, Any, list[str]]] = {}
+    for section in _sections(_quantizers.Quantization):
+        method = _tag(section)
+        for key in sorted(section.model_fields.keys() & values.keys()) if method != "hgq" else ():
+            # HGQ2's minifloats differ where there is no mantissa
+            setting = [
+                f"quantization={json.dumps({'method': method} | ({'m': -1} if key == 'compat' and method == 'minifloat' else {}))}"
+            ]
+            value = "hgq2" if key == "compat" and method == "minifloat" else values[key]
+            table[f"quantization.{method}.{key}"] = (value, _compression, setting)
+    return table
+
+
 RATES = '{"start": 0.02, "end": 0.01, "schedule": "cosine"}'
 
 # key: (another value, what it changes, the configuration it acts in)
@@ -408,6 +425,7 @@ EFFECTS: dict[str, tuple[Any, Any, list[str]]] = {
     "quantization.hgq.decay": (0.5, _compression, []),
     "quantization.hgq.freeze": (False, _compression, []),
     **_formats_table(),
+    **_quantizers_table(),
     "order": ("quantize_then_prune", _compression, []),
     "hardware.lower": (False, _skipped, []),
     "hardware.latency_cutoff": (9, _rtl, []),
