@@ -4,7 +4,7 @@ from pquant_jax.numerics._fixed import LN2, ceil_log2, check_modes, integer_bits
 from pquant_jax.numerics._minifloat import minifloat, minifloat_kif
 from pquant_jax.numerics._primitive import mask, mask_p, quantize, quantize_p, rebind, site, site_p
 from pquant_jax.numerics._reduce import product, reduce_axis, settle, settle_together
-from pquant_jax.numerics._table import MAX_TABLE_BITS, build_table, lookup, lookup_p, region, region_name
+from pquant_jax.numerics._table import MAX_TABLE_BITS, build_table, code_grid, lookup, lookup_p, region, region_name
 from pquant_jax.numerics.oracle import OVERFLOWS, ROUNDINGS
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "build_table",
     "ceil_log2",
     "check_modes",
+    "code_grid",
     "integer_bits",
     "kif",
     "lookup",
