@@ -18,7 +18,7 @@ from pquant_jax import config
 from pquant_jax.cli import main
 from pquant_jax.config import _methods
 
-COMMANDS = ("run", "resume", "lower", "verify", "report", "predict", "schema", "doctor")
+COMMANDS = ("run", "resume", "lower", "verify", "report", "predict", "scan", "schema", "doctor")
 
 MODEL = """
 import flax.linen as nn

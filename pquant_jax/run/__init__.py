@@ -4,6 +4,7 @@ from pquant_jax.run._doctor import Check, checks, skips
 from pquant_jax.run._predict import predict
 from pquant_jax.run._report import write_report
 from pquant_jax.run._run import lower, resume, run, verify
+from pquant_jax.run._scan import scan
 from pquant_jax.run._signals import Stopped
 
-__all__ = ["Check", "Stopped", "checks", "lower", "predict", "resume", "run", "skips", "verify", "write_report"]
+__all__ = ["Check", "Stopped", "checks", "lower", "predict", "resume", "run", "scan", "skips", "verify", "write_report"]
