@@ -48,13 +48,15 @@ class Const(NamedTuple):
 class Step(NamedTuple):
     """One equation of the flat program; operands are slots (int) or `Const`s, results are slots.
 
-    scope: the innermost `jax.named_scope` it was traced under, e.g. the site's name.
+    scope: the innermost `jax.named_scope` it was traced under, e.g. the site's name.  calls: the names of the functions
+    it was inlined from, outermost first.
     """
 
     eqn: Any
     ins: tuple[int | Const, ...]
     outs: tuple[int, ...]
     scope: str = ""
+    calls: tuple[str, ...] = ()
 
 
 class Program(NamedTuple):
@@ -84,7 +86,9 @@ def flatten(closed: ClosedJaxpr, opaque: Callable[[Any], bool] = lambda eqn: Fal
         count += 1
         return count - 1
 
-    def walk(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[int | Const], outer: str) -> list[int | Const]:
+    def walk(
+        jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[int | Const], outer: str, calls: tuple[str, ...] = ()
+    ) -> list[int | Const]:
         env: dict[Any, int | Const] = dict(zip(jaxpr.constvars, map(Const, consts), strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
 
@@ -94,18 +98,41 @@ def flatten(closed: ClosedJaxpr, opaque: Callable[[Any], bool] = lambda eqn: Fal
         for eqn in jaxpr.eqns:
             ins = tuple(read(v) for v in eqn.invars)
             call, scope = inner(eqn), str(eqn.source_info.name_stack) or outer
-            if call is not None and not opaque(eqn):
-                outs: Sequence[int | Const] = walk(call[0], call[1], ins, scope)
+            only = _only_part(eqn)
+            if only is not None:
+                outs: Sequence[int | Const] = [ins[only]]
+            elif call is not None and not opaque(eqn):
+                name = eqn.params.get("name")
+                outs = walk(call[0], call[1], ins, scope, (*calls, str(name)) if name else calls)
             else:
                 slots = tuple(fresh() for _ in eqn.outvars)
-                steps.append(Step(eqn, ins, slots, scope))
+                steps.append(Step(eqn, ins, slots, scope, calls))
                 outs = slots
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(v) for v in jaxpr.outvars]
 
     inputs = tuple(fresh() for _ in closed.jaxpr.invars)
     outputs = walk(closed.jaxpr, closed.consts, inputs, "")
-    return Program(_keep_shared_axes(steps, outputs, fresh), inputs, tuple(outputs))
+    return Program(_keep_shared_axes(_read(steps, outputs), outputs, fresh), inputs, tuple(outputs))
+
+
+def _only_part(eqn: Any) -> int | None:
+    """Which operand a concatenation with nothing is: `jnp.pad` puts edges of width 0 at every axis, the batch too."""
+    if eqn.primitive.name != "concatenate":
+        return None
+    parts = [n for n, v in enumerate(eqn.invars) if np.prod(v.aval.shape) > 0]
+    return parts[0] if len(parts) == 1 else None
+
+
+def _read(steps: Sequence[Step], outputs: Sequence[int | Const]) -> list[Step]:
+    """The steps that an output needs, and those with effects."""
+    needed = {v for v in outputs if isinstance(v, int)}
+    kept = []
+    for step in reversed(steps):
+        if step.eqn.effects or needed.intersection(step.outs):
+            needed.update(v for v in step.ins if isinstance(v, int))
+            kept.append(step)
+    return kept[::-1]
 
 
 def _keep_shared_axes(steps: Sequence[Step], outputs: Sequence[int | Const], fresh: Callable[[], int]) -> tuple[Step, ...]:

@@ -131,8 +131,11 @@ def _rebuilt(build: _Build, node: Node, ins: list[_Part], ranges: list[Interval]
     wide = act[:, None] & np.ones(ins[0].index.shape, bool) if node.op in _ROWS else act
     made = [_emit(build, _cut(v, box), wide[box], node.name) for v in ins]
     attrs = dict(node.attrs)
-    if node.op == "quantize":
+    if node.op in ("quantize", "table"):
         attrs |= {key: np.broadcast_to(attrs[key], node.shape)[box] for key in "kif"}
+    if node.op == "table":
+        rows, which = np.unique(np.asarray(attrs["which"])[box], return_inverse=True)
+        attrs |= {"codes": attrs["codes"][rows], "f_out": attrs["f_out"][rows], "which": which.reshape(act[box].shape)}
     return _boxed(_add(build, node.op, made, act[box].shape, node.name, **attrs), act)
 
 

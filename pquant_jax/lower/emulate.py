@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 
 from pquant_jax._errors import DataError, LoweringError
-from pquant_jax.lower.ir import Graph, Node, consumers, label
+from pquant_jax.lower.ir import Graph, Node, consumers, entries, label
 from pquant_jax.numerics.oracle import quantize
 
 _ELEMENTWISE: Final[dict[str, Callable[..., np.ndarray]]] = {
@@ -38,6 +38,8 @@ def apply_op(node: Node, values: Sequence[np.ndarray]) -> np.ndarray:
         at = node.attrs
         modes = {"rounding": str(at["rounding"]), "overflow": str(at["overflow"])}
         return quantize(values[0], at["k"], at["i"], at["f"], **modes)
+    if node.op == "table":
+        return _table(node, values[0])
     if node.op == "take":
         flat = values[0].reshape(len(values[0]), -1)
         index = np.asarray(node.attrs["index"])
@@ -48,9 +50,23 @@ def apply_op(node: Node, values: Sequence[np.ndarray]) -> np.ndarray:
         return np.concatenate([np.broadcast_to(v.reshape(len(v), -1), (n, v[0].size)) for v in values], axis=1)
     if node.op not in _ELEMENTWISE:
         raise LoweringError(
-            f"op {node.op!r} has no emulation; known: input, const, quantize, take, concat, {sorted(_ELEMENTWISE)}"
+            f"op {node.op!r} has no emulation; known: input, const, quantize, table, take, concat, {sorted(_ELEMENTWISE)}"
         )
     return np.asarray(_ELEMENTWISE[node.op](*values), np.float64) + 0.0  # + 0.0 turns -0.0 into 0.0
+
+
+def _table(node: Node, x: np.ndarray) -> np.ndarray:
+    index, bad = entries(node, x)
+    if bad.any():
+        at = tuple(int(j) for j in np.argwhere(bad)[0])
+        k, i, f = (int(np.asarray(node.attrs[key])[at[1:]]) for key in "kif")
+        raise LoweringError(
+            f"table {node.name!r}: sample {at[0]}, element {at[1:]} is {float(x[at])!r}, which is no value of its input format "
+            f"(k={k}, i={i}, f={f}); put a quantizer of that format in front of it"
+        )
+    which = np.asarray(node.attrs["which"], np.int64)
+    codes = np.asarray(node.attrs["codes"], np.float64)[which, index]
+    return np.ldexp(codes, -np.asarray(node.attrs["f_out"], np.int64)[which])
 
 
 def port_value(node: Node, x: np.ndarray) -> np.ndarray:

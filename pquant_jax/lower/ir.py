@@ -10,6 +10,9 @@ op          inputs                         attrs and meaning
 `const`     -                              `value` float64 array, every element on a finite binary grid
 `quantize`  x                              `k, i, f` int64 arrays of the node's shape, `rounding`, `overflow`
 `take`      x                              `index` int64 array of the node's shape into `x.ravel()`; -1 gives 0
+`table`     x                              `k, i, f` int64 arrays of the node's shape, the format on whose grid x lies;
+                                           `codes` int64 (T, n), `which` int64 of the node's shape, `f_out` int64 (T,):
+                                           codes[which, x * 2^f + k * 2^(i+f)] * 2^-f_out[which]
 `concat`    a, b, ...                      flattened inputs one after the other, shape (total,)
 `dot`       a (b,m,k), c (b,k,n)           batched matrix product, shape (b,m,n)
 `add` `sub` `mul` `max` `min`  a, b        elementwise, equal shapes
@@ -35,13 +38,15 @@ import numpy as np
 from pquant_jax._errors import LoweringError, did_you_mean
 
 ARITY: Final[dict[str, int | None]] = {
-    "input": 0, "const": 0, "quantize": 1, "take": 1, "concat": None, "dot": 2,
+    "input": 0, "const": 0, "quantize": 1, "table": 1, "take": 1, "concat": None, "dot": 2,
     "add": 2, "sub": 2, "mul": 2, "max": 2, "min": 2, "neg": 1, "abs": 1,
     "ge": 2, "gt": 2, "le": 2, "lt": 2, "eq": 2, "ne": 2, "select": 3, "sum": 1, "amax": 1, "amin": 1,
 }  # fmt: skip
+CODE_LIMIT: Final = 2**31  # of a table's codes
 _ATTRS: Final[dict[str, tuple[str, ...]]] = {
     "input": ("k", "i", "f"), "const": ("value",), "take": ("index",),
     "quantize": ("k", "i", "f", "rounding", "overflow"),
+    "table": ("k", "i", "f", "codes", "which", "f_out"),
 }  # fmt: skip
 
 
@@ -91,6 +96,8 @@ def validate(graph: Graph) -> Graph:
         want = _expected_shape(node, [shapes[j] for j in node.inputs])
         if want is not None and want != node.shape:
             fail(index, f"has shape {node.shape}, its inputs give {want}")
+        if node.op == "table" and (why := _table_fault(node)):
+            fail(index, why)
     for index in (*graph.inputs, *graph.outputs):
         if not 0 <= index < len(graph.nodes):
             raise LoweringError(f"graph refers to node {index} of {len(graph.nodes)}")
@@ -112,6 +119,45 @@ def _expected_shape(node: Node, shapes: list[tuple[int, ...]]) -> tuple[int, ...
     if node.op == "input":
         return None
     return shapes[0] if all(s == shapes[0] for s in shapes) else (-1,)
+
+
+def _table_fault(node: Node) -> str:
+    """What is wrong with the attributes of a `table`, "" if nothing is."""
+    k, i, f, codes, which, f_out = (np.asarray(node.attrs[key]) for key in _ATTRS["table"])
+    if any(v.dtype.kind not in "iu" for v in (k, i, f, codes, which, f_out)):
+        return "its attributes must be arrays of integers"
+    if any(v.shape != node.shape for v in (k, i, f, which)):
+        return f"k, i, f and which must have the node's shape {node.shape}, got {k.shape}, {i.shape}, {f.shape}, {which.shape}"
+    if codes.ndim != 2 or f_out.shape != codes.shape[:1]:
+        return f"codes must be (T, n) and f_out (T,), got {codes.shape} and {f_out.shape}"
+    if which.size and not 0 <= which.min() <= which.max() < len(codes):
+        return f"which holds {which.min()} to {which.max()}, there are {len(codes)} tables"
+    if not np.isin(k, (0, 1)).all():
+        return "k must be 0 or 1"
+    bits = int((k + i + f).max(initial=0))
+    if codes.shape[1] < 2**bits:
+        return f"its input has {bits} bits, so its tables need {2**bits} entries, got {codes.shape[1]}"
+    if codes.size and not -CODE_LIMIT <= codes.min() <= codes.max() < CODE_LIMIT:
+        return f"codes must fit 32 bits, got {codes.min()} to {codes.max()}"
+    return ""
+
+
+def entries(node: Node, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where the `table` node reads for the input `x` (..., *shape): (entry int64, bool: no entry, x is off the format).
+
+    The entry is x * 2^f + k * 2^(i+f); a format without bits holds 0 alone, which is entry 0.
+
+    >>> at = dict(k=1, i=1, f=0, codes=[[4, 1, 0, 1]], which=0, f_out=[0])
+    >>> [v.tolist() for v in entries(Node("table", (0,), (), at), np.array([-2.0, 1.0, 0.5, 2.0]))]
+    [[0, 3, 0, 0], [False, False, True, True]]
+    """
+    k, i, f = (np.asarray(node.attrs[key], np.int64) for key in "kif")
+    alive = k + i + f > 0
+    span = np.ldexp(1.0, i + f)
+    code = np.ldexp(np.asarray(x, np.float64), f)
+    low, high = np.where(alive, -k * span, 0.0), np.where(alive, span - 1, 0.0)
+    bad = ~((code >= low) & (code <= high) & (code == np.rint(code)))
+    return np.where(bad, 0.0, code - low).astype(np.int64), bad
 
 
 def consumers(graph: Graph) -> list[list[int]]:

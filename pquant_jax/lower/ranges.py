@@ -6,15 +6,17 @@ are correlated), hence an element with `low == high` is a constant, which the ba
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from pquant_jax._errors import LoweringError
-from pquant_jax.lower.ir import Graph, Node, consumers, label
+from pquant_jax.lower.ir import Graph, Node, consumers, entries, label
 from pquant_jax.numerics.oracle import least_f, quantize, round_codes
 
 _NO_GRID: Final = -(1 << 20)  # the f of an exact zero, which lies on every grid
+Ranges = Sequence[tuple[Any, Any]]
 ACCUMULATORS: Final = ("dot", "sum", "add", "sub", "mul")
 
 
@@ -26,32 +28,67 @@ class Interval(NamedTuple):
     f: np.ndarray
 
 
-def intervals(graph: Graph) -> list[Interval]:
-    """The `Interval` of every node, arrays of the node's shape; ports may hold any of their codes.
+def intervals(graph: Graph, input_ranges: Ranges | None = None) -> list[Interval]:
+    """The `Interval` of every node, arrays of the node's shape.
+
+    Ports may hold any of their codes unless `input_ranges` says what arrives: one (low, high) per input, each broadcast
+    to its shape, as real numbers in front of the port; an element whose range leaves the port wraps, so it has all codes.
 
     A `quantize` that can overflow is clipped (SAT, SAT_SYM) or has its whole range (WRAP, WRAP_SM).  Raises
-    `LoweringError` for a constant that isn't finite.
+    `LoweringError` for a constant that isn't finite, for a table whose input can leave the table's format, and for ranges
+    that are none.
     """
     known: list[Interval] = []
+    arrives = arriving(graph, input_ranges)
     for index, node in enumerate(graph.nodes):
         if node.op == "const" and not np.isfinite(node.attrs["value"]).all():
             raise LoweringError(
                 f"{label(graph, index)}: holds NaN or infinity, which is on no fixed-point grid; check the parameters"
             )
+        if node.op == "table":
+            _check_table(graph, index, known[node.inputs[0]])
         own = _interval(node, [known[j] for j in node.inputs])
+        if node.op == "input" and index in arrives:
+            low, high = arrives[index]
+            fits = (low >= own.low) & (high <= own.high)
+            own = _make(np.where(fits, low, own.low), np.where(fits, high, own.high), own.f)
         known.append(Interval(*map(np.asarray, own)))  # numpy makes numbers of arrays without axes
     return known
+
+
+def arriving(graph: Graph, input_ranges: Ranges | None) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Per input node the range `input_ranges` on its grid (a port truncates); empty without ranges."""
+    if input_ranges is None:
+        return {}
+    if len(input_ranges) != len(graph.inputs):
+        raise LoweringError(
+            f"the graph has {len(graph.inputs)} inputs, got {len(input_ranges)} ranges; pass one (low, high) per input"
+        )
+    out = {}
+    for index, bounds in zip(graph.inputs, input_ranges, strict=True):
+        node = graph.nodes[index]
+        try:
+            low, high = (np.broadcast_to(np.asarray(v, np.float64), node.shape) for v in bounds)
+        except ValueError as error:
+            raise LoweringError(f"{label(graph, index)}: its range must broadcast to {node.shape}, {error}") from error
+        if not (low <= high).all() or not np.isfinite(low).all() or not np.isfinite(high).all():
+            raise LoweringError(f"{label(graph, index)}: its range must be finite, with low <= high everywhere")
+        f = np.asarray(node.attrs["f"], np.int64)
+        out[index] = tuple(np.ldexp(np.floor(np.ldexp(v, f)), -f) for v in (low, high))
+    return out
 
 
 def _interval(node: Node, ins: list[Interval]) -> Interval:
     op = node.op
     if op == "input":
-        return _port(node)
+        return port_bounds(node)
     if op == "const":
         value = np.asarray(node.attrs["value"], np.float64)
         return Interval(value, value, least_f(value))
     if op == "quantize":
         return _quantize(node, ins[0])
+    if op == "table":
+        return _table(node, ins[0])
     if op == "take":
         index = np.asarray(node.attrs["index"])
         return Interval(*(np.append(v.ravel(), 0)[index] for v in ins[0]))
@@ -81,13 +118,14 @@ def _grid(a: Interval) -> np.ndarray:
     return np.where((a.low == 0) & (a.high == 0), _NO_GRID, a.f)
 
 
-def _port(node: Node) -> Interval:
+def port_bounds(node: Node) -> Interval:
+    """All values that an `input` node holds."""
     k, i, f = (np.broadcast_to(np.asarray(node.attrs[a], np.int64), node.shape) for a in "kif")
-    low, high = _format(k, i, f)
+    low, high = format_bounds(k, i, f)
     return _make(low, high, f)
 
 
-def _format(k: np.ndarray, i: np.ndarray, f: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def format_bounds(k: np.ndarray, i: np.ndarray, f: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Lowest and highest value of the format; both 0 where k + i + f <= 0."""
     alive = k + i + f > 0
     high = np.where(alive, np.ldexp(1.0, i) - np.ldexp(1.0, -f), 0.0)
@@ -103,7 +141,7 @@ def quantize_acts(node: Node, x: Interval) -> tuple[np.ndarray, np.ndarray]:
     k, i, f = (np.asarray(at[a]).astype(np.int64) for a in "kif")
     rounds = _grid(x) > f
     low, high = (np.ldexp(round_codes(np.ldexp(v, f), str(at["rounding"])), -f) for v in x[:2])
-    lowest, highest = _format(k, i, f)
+    lowest, highest = format_bounds(k, i, f)
     if str(at["overflow"]) == "SAT_SYM":
         lowest = -highest * k
     return rounds, (low < lowest) | (high > highest)
@@ -118,13 +156,43 @@ def _quantize(node: Node, x: Interval) -> Interval:
     grid = np.minimum(f, _grid(x))
     if overflow == "WRAP":  # subtracting periods 2^(i+k) leaves a coarse grid coarse
         whole = overflows & (x.low != x.high)
-        lowest, highest = _format(k, i, np.maximum(grid, -(i + k)))
+        lowest, highest = format_bounds(k, i, np.maximum(grid, -(i + k)))
         return _make(np.where(whole, lowest, low), np.where(whole, highest, high), grid)
     if overflow == "WRAP_SM":
         whole = overflows & (x.low != x.high)
-        lowest, highest = _format(k, i, f)
+        lowest, highest = format_bounds(k, i, f)
         low, high = np.where(whole, lowest, low), np.where(whole, highest, high)
     return _make(low, high, np.where(overflows, f, grid))
+
+
+def _check_table(graph: Graph, index: int, x: Interval) -> None:
+    node = graph.nodes[index]
+    f = np.asarray(node.attrs["f"], np.int64)
+    bad = entries(node, x.low)[1] | entries(node, x.high)[1] | (_grid(x) > f)
+    if bad.any():
+        at = tuple(int(j) for j in np.argwhere(bad)[0])
+        form = ", ".join(f"{key}={int(np.asarray(node.attrs[key])[at])}" for key in "kif")
+        raise LoweringError(
+            f"{label(graph, index)}: its input, element {at}, is a multiple of 2^{-int(x.f[at])} in "
+            f"[{x.low[at]:g}, {x.high[at]:g}], the table is made for ({form}); put a quantizer of that format in front of it"
+        )
+
+
+def _table(node: Node, x: Interval) -> Interval:
+    """Bounds and grid of exactly those entries that lie in the interval and on the grid of `x`."""
+    f, codes, which, f_out = (np.asarray(node.attrs[key], np.int64) for key in ("f", "codes", "which", "f_out"))
+    stride = np.left_shift(1, np.clip(f - x.f, 0, 40))
+    reads = np.stack([np.ravel(v) for v in (which, entries(node, x.low)[0], entries(node, x.high)[0], stride)], axis=1)
+    kinds, back = np.unique(reads, axis=0, return_inverse=True)  # few: elements of one channel read alike
+    found = np.zeros((len(kinds), 3), np.int64)
+    for j, (row, first, last, step) in enumerate(kinds):
+        met = codes[row, first : last + 1 : step]
+        found[j] = met.min(), met.max(), np.bitwise_or.reduce(met)
+    low, high, bits = found[back.ravel()].T.reshape(3, *node.shape)
+    # codes that share trailing zeros lie on a coarser grid
+    trailing = np.where(bits == 0, 0, np.frexp((bits & -bits).astype(np.float64))[1] - 1)
+    scale = -f_out[which]
+    return _make(np.ldexp(low.astype(np.float64), scale), np.ldexp(high.astype(np.float64), scale), -scale - trailing)
 
 
 def _products(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -259,7 +327,7 @@ def _check_bits(graph: Graph, limit: int, kind: str, why: str) -> None:
             continue
         at = tuple(int(j) for j in np.unravel_index(bits.argmax(), bits.shape))
         node, own = graph.nodes[index], known[index]
-        where = f" in layer {layer!r}" if (layer := layer_name(graph, index)) else ""
+        where = f" in layer {layer!r}" if (layer := layer_names(graph)[index]) else ""
         raise LoweringError(
             f"{label(graph, index)}{where}: element {at} needs {bits.max()} bits, {kind} has {limit}: {why}. "
             f"Its range is [{own.low[at]:g}, {own.high[at]:g}]. {_advice(node, int(bits.max()) - limit)}"
@@ -276,16 +344,23 @@ def _advice(node: Node, excess: int) -> str:
     )
 
 
-def layer_name(graph: Graph, index: int) -> str:
-    """The model layer of a node: its own name, else that of the nearest named node behind or before it, else ""."""
+def layer_names(graph: Graph, *, readers_first: bool = True) -> list[str]:
+    """Per node the model layer: its own name without the last part, else the nearest named node's.
+
+    Nodes behind it come first, or with readers_first=False those before it; "" without any.
+    """
+    own = [(0, node.name) if node.name else None for node in graph.nodes]
+    behind, before = [*own], [*own]
     readers = consumers(graph)
-    for step in (lambda j: readers[j], lambda j: graph.nodes[j].inputs):
-        at, seen = [index], set()
-        while at:
-            j = at.pop(0)
-            if graph.nodes[j].name:
-                return graph.nodes[j].name.rsplit("/", 1)[0]
-            new = [m for m in step(j) if m not in seen]
-            seen.update(new)
-            at += new
-    return ""
+    for j in reversed(range(len(own))):
+        behind[j] = own[j] or _next(behind[m] for m in readers[j])
+    for j, node in enumerate(graph.nodes):
+        before[j] = own[j] or _next(before[m] for m in node.inputs)
+    found = (a or b for a, b in zip(*((behind, before) if readers_first else (before, behind)), strict=True))
+    return [f[1].rsplit("/", 1)[0] if f else "" for f in found]
+
+
+def _next(near: Iterable[tuple[int, str] | None]) -> tuple[int, str] | None:
+    """One step further than the nearest of what is there, the first of several."""
+    there = [f for f in near if f is not None]
+    return min(((steps + 1, name) for steps, name in there), key=lambda f: f[0], default=None)

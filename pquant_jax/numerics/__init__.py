@@ -3,7 +3,7 @@
 from pquant_jax.numerics._fixed import LN2, ceil_log2, check_modes, integer_bits, kif, power_of_two, round_ste, total_bits
 from pquant_jax.numerics._primitive import mask, mask_p, quantize, quantize_p, rebind, site, site_p
 from pquant_jax.numerics._reduce import product, reduce_axis, settle, settle_together
-from pquant_jax.numerics._table import MAX_TABLE_BITS, build_table, lookup, lookup_p, region, region_name
+from pquant_jax.numerics._table import MAX_TABLE_BITS, build_table, code_grid, lookup, lookup_p, region, region_name
 from pquant_jax.numerics.oracle import OVERFLOWS, ROUNDINGS
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "build_table",
     "ceil_log2",
     "check_modes",
+    "code_grid",
     "integer_bits",
     "kif",
     "lookup",

@@ -10,7 +10,7 @@ import numpy as np
 from pquant_jax.lower.ir import Graph, Node, validate
 
 MODES = [(r, o) for r in ("TRN", "RND") for o in ("WRAP", "SAT", "SAT_SYM")]
-KINDS = ("dense", "residual", "elementwise", "select", "reduce", "product", "mixed")
+KINDS = ("dense", "residual", "elementwise", "select", "reduce", "product", "mixed", "table")
 
 
 def node(nodes: list[Node], op: str, inputs: Sequence[int] = (), shape: Sequence[int] | None = None, **attrs: Any) -> int:
@@ -40,6 +40,16 @@ def quantized(nodes: list[Node], x: int, rng: np.random.Generator, modes: tuple[
     """Append a quantizer of a random format per element; `modes` = (rounding, overflow)."""
     form: dict[str, Any] = random_format(rng, nodes[x].shape)
     return node(nodes, "quantize", (x,), name=name, rounding=modes[0], overflow=modes[1], **form)
+
+
+def table(nodes: list[Node], x: int, rng: np.random.Generator, rows: int = 3, bits: int = 5) -> int:
+    """Append tables of random codes behind the quantizer `x`, one of `rows` per element; some rows are constant."""
+    at, shape = nodes[x].attrs, nodes[x].shape
+    entries = 1 << int(np.max(at["k"] + at["i"] + at["f"], initial=0))
+    codes = rng.integers(-(1 << bits), 1 << bits, (rows, entries)) * 2 ** rng.integers(0, 2, (rows, 1))
+    codes = np.where(rng.random((rows, 1)) < 0.1, codes[:, :1], codes)
+    which, f_out = rng.integers(0, rows, shape), rng.integers(-1, 6, rows)
+    return node(nodes, "table", (x,), codes=codes, which=which, f_out=f_out, **{key: at[key] for key in "kif"})
 
 
 def kernel(rng: np.random.Generator, shape: Sequence[int], bits: int = 4, density: float = 0.6) -> np.ndarray:
@@ -96,6 +106,8 @@ def step(nodes: list[Node], pool: list[int], rng: np.random.Generator, modes: tu
         return pick(nodes, node(nodes, "concat", (x, y), (2 * n,)), (n,), rng)
     if op == "quantize":
         return quantized(nodes, x, rng, modes)
+    if op == "table":
+        return table(nodes, quantized(nodes, x, rng, modes), rng)
     z = node(nodes, op, (x, y))
     return quantized(nodes, z, rng, modes) if op == "mul" else z
 
@@ -105,6 +117,7 @@ OPS = {
     "select": ("select", "max", "min", "abs", "neg", "sub", "quantize"),
     "reduce": ("sum", "amax", "amin", "concat", "quantize"),
     "product": ("dot", "mul", "concat", "neg"),
+    "table": ("table", "table", "neg", "sub", "max"),
 }
 
 

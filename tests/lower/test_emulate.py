@@ -63,6 +63,13 @@ def exact(graph: Graph, inputs: list[np.ndarray]) -> list[np.ndarray]:
             items = list(to(n.attrs["value"]).ravel())
         elif n.op == "take":
             items = [v[0].ravel()[j] if j >= 0 else Fraction(0) for j in n.attrs["index"].ravel()]
+        elif n.op == "table":
+            form = [tuple(int(at[key][e]) for key in "kif") for e in np.ndindex(n.shape)]
+            low = [-k * Fraction(2) ** i if k + i + f > 0 else 0 for k, i, f in form]
+            number = [(x - lowest) * Fraction(2) ** f for x, lowest, (_, _, f) in zip(v[0].ravel(), low, form, strict=True)]
+            rows = [int(w) for w in n.attrs["which"].ravel()]
+            codes = [n.attrs["codes"].tolist()[w][int(j)] for w, j in zip(rows, number, strict=True)]
+            items = [c * Fraction(2) ** -int(n.attrs["f_out"][w]) for c, w in zip(codes, rows, strict=True)]
         elif n.op == "concat":
             items = [e for part in v for e in part.ravel()]
         elif n.op == "dot":

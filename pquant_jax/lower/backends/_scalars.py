@@ -22,6 +22,7 @@ WRAP_SM     m < P ? low + m : low + 2P - 2h - m, m = (x - low) mod 2P, P: the le
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -179,6 +180,21 @@ def truncate(x: Any, f: int) -> Any:
     """TRN without overflow."""
     k, i, fx = x.kif
     return x if f >= fx else wrap(x, k, max(i, 1 - k - f), f)
+
+
+def lookup(x: Any, read: Callable[[np.ndarray], np.ndarray], low: float, high: float, f: int) -> Any:
+    """`read(x)` as a table; x is known to be a multiple of 2^-f in [low, high], which da4ml may not see.
+
+    Bits of x that are known are dropped (free), so that the table is no larger than it must be.  Entries outside of
+    [low, high] are never read: they repeat the nearest one that is, which keeps the result as narrow as can be.
+    """
+    if isinstance(x, float):
+        return float(read(np.array(x)))
+    k, step = int(low < 0), 2.0**-f
+    x = x.quantize(k, math.ceil(math.log2(max(-low, high + step))), f, "WRAP", "TRN")
+    n = round((x.high - x.low) / x.step) + 1
+    values = read(np.clip(float(x.low) + float(x.step) * np.arange(n), low, high))
+    return float(values[0]) if (values == values[0]).all() else x.lookup(values)
 
 
 def wrap(x: Any, k: int, i: int, f: int) -> Any:

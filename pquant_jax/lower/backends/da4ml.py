@@ -1,4 +1,4 @@
-"""`Graph` -> da4ml netlist -> Verilog or VHDL.  The only module that imports da4ml (inside functions: it is optional).
+"""`Graph` -> da4ml netlist -> Verilog or VHDL.  Only this module and `lower._plugin` import da4ml, inside functions.
 
 Every scalar of the graph becomes a da4ml variable or, where `ranges.intervals` proves it constant, a Python float; the
 operators on them are in `_scalars`.  All rounding and overflow modes are exact: da4ml offers TRN and RND with WRAP, SAT
@@ -21,6 +21,7 @@ from pquant_jax._errors import LoweringError, did_you_mean
 from pquant_jax.lower.backends import _scalars as ops
 from pquant_jax.lower.dead import remove_dead
 from pquant_jax.lower.ir import Graph, Node, label
+from pquant_jax.lower.passes import simplify
 from pquant_jax.lower.ranges import Interval, check_exact, intervals, least_f, quantize_acts
 from pquant_jax.numerics.oracle import OVERFLOWS, ROUNDINGS, quantize
 
@@ -132,14 +133,15 @@ def to_comb(
 ) -> CombLogic:
     """The da4ml netlist of `graph`: all inputs flattened in order -> all outputs flattened in order.
 
-    Dead channels and constants are removed first (`dead.remove_dead`) unless `keep_dead`; the outputs are the same.
+    Unless `keep_dead`, dead channels and constants are removed first (`dead.remove_dead`), then what is there twice or
+    does nothing (`passes.simplify`); the outputs are the same.
 
     `hwconf` = (adder_size, carry_size, latency_cutoff) of da4ml; `solver_options` go to its matrix solver, such as
     `{"hard_dc": 2}`.  Raises `LoweringError` for what `check_supported` refuses, before any expensive work.
     """
     known = check_supported(graph)
     if not keep_dead:
-        graph = remove_dead(graph)
+        graph = simplify(remove_dead(graph))
         known = check_supported(graph)  # sums of constants may be finer than each of them
     from da4ml.trace import comb_trace
     from da4ml.trace.fixed_variable import HWConfig
@@ -150,13 +152,18 @@ def to_comb(
         ports = [v for j in graph.inputs for v in values[j].ravel()]
         outputs = [_variable(v, circuit) for j in graph.outputs for v in values[j].ravel()]
         comb = comb_trace([_variable(v, circuit) for v in ports], outputs)
+    _check_rounded(comb)
+    return comb
+
+
+def _check_rounded(comb: CombLogic) -> None:
+    """Constants are stored relative to the power of two that their neighbour carries, and may lose bits there."""
     rounded = [op.qint.min for op in comb.ops if op.opcode == 5 and op.data * op.qint.step != op.qint.min]
-    if rounded:  # constants are stored relative to the power of two that their neighbour carries
+    if rounded:
         raise LoweringError(
             f"da4ml would round {len(rounded)} constants, such as {rounded[0]!r}: it stores {MAX_FRACTION + 1} fractional bits; "
             "use fewer fractional bits in the quantizers whose bounds or kernels these are"
         )
-    return comb
 
 
 @contextmanager
@@ -176,10 +183,15 @@ def _exact_da4ml(doing: str) -> Iterator[None]:
         raise LoweringError(f"da4ml failed while {doing} ({type(error).__name__}: {text or 'no message'}): {hint}") from error
 
 
-def _trace(graph: Graph, known: Sequence[Interval], circuit: _Circuit) -> list[np.ndarray]:
+def _trace(
+    graph: Graph, known: Sequence[Interval], circuit: _Circuit, ports: Mapping[int, np.ndarray] | None = None
+) -> list[np.ndarray]:
     """Per node an object array of its shape that holds da4ml variables and, for constants, floats."""
     values: list[np.ndarray] = []
     for index, (node, own) in enumerate(zip(graph.nodes, known, strict=True)):
+        if ports and index in ports:
+            values.append(ports[index])
+            continue
         constant = own.low == own.high
         if constant.all() and node.op != "input":
             values.append(own.low.astype(object))
@@ -198,6 +210,8 @@ def _operation(node: Node, ins: list[np.ndarray], ranges: list[Interval], circui
         return _port(node, circuit)
     if op == "quantize":
         return _quantize_array(node, ins[0], ranges[0])
+    if op == "table":
+        return _table_array(node, ins[0], ranges[0])
     if op == "take":
         index = np.asarray(node.attrs["index"])
         return np.append(ins[0].ravel(), 0.0)[index.ravel()].reshape(index.shape)
@@ -271,6 +285,23 @@ def _quantize_array(node: Node, x: np.ndarray, known: Interval) -> np.ndarray:
         if rounds.ravel()[j]:
             v = ops.round_to(v, f[j], int(known.f.ravel()[j]), rounding)
         out.append(ops.clip(v, k[j], i[j], f[j], overflow if overflows.ravel()[j] else "WRAP"))
+    return _objects(out, node.shape)
+
+
+def _table_array(node: Node, x: np.ndarray, known: Interval) -> np.ndarray:
+    """Per element, a table of the entries that its input can reach."""
+    k, i, f = (np.asarray(node.attrs[key]).astype(np.int64).ravel().tolist() for key in "kif")
+    codes, which, f_out = np.asarray(node.attrs["codes"]), np.ravel(node.attrs["which"]), np.asarray(node.attrs["f_out"])
+    low, high, fx = (v.ravel().tolist() for v in known)
+    out: list[Any] = []
+    for j, v in enumerate(x.ravel()):
+        row, zero = codes[which[j]], k[j] << max(i[j] + f[j], 0) if k[j] + i[j] + f[j] > 0 else 0
+        grid, scale = f[j], -int(f_out[which[j]])
+
+        def read(points: np.ndarray, row=row, zero=zero, grid=grid, scale=scale) -> np.ndarray:
+            return np.ldexp(row[np.ldexp(points, grid).astype(np.int64) + zero].astype(np.float64), scale)
+
+        out.append(ops.lookup(v, read, low[j], high[j], fx[j]))
     return _objects(out, node.shape)
 
 
