@@ -168,7 +168,11 @@ def compared(rows: dict[str, Any]) -> dict[str, float]:
     fronts = {name: sorted((p["accuracy"], p["cost"]) for p in row["points"]) for name, row in rows.items()}
     level = min(max(a for a, _ in f) for f in fronts.values()) - 0.005
     cheapest = {name: min(c for a, c in f if a >= level) for name, f in fronts.items()}
-    return {"level": level, "ratio": cheapest["multipliers"] / cheapest["tables"], **{f"cost_{n}": c for n, c in cheapest.items()}}
+    return {
+        "level": level,
+        "ratio": cheapest["multipliers"] / cheapest["tables"],
+        **{f"cost_{n}": c for n, c in cheapest.items()},
+    }
 
 
 def main() -> None:
