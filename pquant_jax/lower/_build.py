@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import sysconfig
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pquant_jax._errors import LoweringError
+from pquant_jax.graph import model_line
 from pquant_jax.lower.ir import Node
 
 Nodes = list[Node]  # the growing graph: rules append to it and pass indices around
 Operand = int | np.ndarray  # a node, or a constant
-_LIBRARIES: Final = tuple(f"{os.sep}{name}{os.sep}" for name in ("jax", "flax", "equinox", "haiku", "optax", "contextlib.py"))
-_HERE: Final = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-_PACKAGES: Final = (sysconfig.get_paths()["purelib"], sysconfig.get_paths()["stdlib"])
 
 
 class Op(NamedTuple):
@@ -107,20 +103,6 @@ def place_of(build: Nodes, ins: Sequence[Operand], scope: str) -> str:
         scope = build[latest].name
         pending = (pending - {latest}) | set(build[latest].inputs)
     return scope or "the input"
-
-
-def model_line(eqn: Any) -> str:
-    """`model.py:12` of the model's line that an equation comes from; "" if its traceback was not kept.
-
-    The innermost frame outside of this package, of the libraries and of what Python itself brings.
-    """
-    frames = getattr(eqn.source_info.traceback, "frames", ())
-    for frame in frames:
-        path = os.path.abspath(frame.file_name)
-        if frame.file_name.startswith("<") or path.startswith((_HERE, *_PACKAGES)) or any(p in path for p in _LIBRARIES):
-            continue
-        return f"{frame.file_name}:{frame.line_num}"
-    return ""
 
 
 def refusal(op: Op, what: str, why: str) -> LoweringError:

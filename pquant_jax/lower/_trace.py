@@ -17,18 +17,16 @@ from pquant_jax.lower.ir import Graph, reached, validate
 from pquant_jax.numerics import quantize_p
 
 
-def with_tables(inst: Instrumented, view: View, model_state: Tree) -> View:
-    """The view with its integer tables; those that it holds already stay, for they are what was proved."""
-    return view if view.tables else view._replace(tables=inst.tables(view, model_state))
-
-
 def trace(inst: Instrumented, view: View, model_state: Tree) -> Graph:
     """The instrumented inference forward of one sample as a fixed-point `Graph`.
 
-    Parameters and formats are folded into constants; every input array becomes one port in its declared format, and
-    outputs keep the order of the forward's.
+    Parameters and formats are folded into constants, tables that the view lacks are built; every input array becomes one
+    port in its declared format, and outputs keep the order of the forward's.
     Raises: LoweringError for an operation without an exact fixed-point form, naming it and its place in the model.
     """
+
+    def forward(x: Any) -> Any:
+        return inst.forward(view, model_state, x, train=False)[0]
 
     missing = sorted(n for n, spec in inst.sites.items() if n not in view.sites)
     if missing:
@@ -36,10 +34,6 @@ def trace(inst: Instrumented, view: View, model_state: Tree) -> Graph:
             f"site {missing[0]!r} has no fixed-point format: add a quantizer (pq.quantize.hgq or fixed) to the chain"
         )
     view = with_tables(inst, view, model_state)
-
-    def forward(x: Any) -> Any:
-        return inst.forward(view, model_state, x, train=False)[0]
-
     program = flatten(jax.make_jaxpr(forward)(inst.sample))
     build: Nodes = []
     env: dict[int, Operand] = {}
@@ -58,6 +52,11 @@ def trace(inst: Instrumented, view: View, model_state: Tree) -> Graph:
         env.update(zip(step.outs, _lower(op, declared), strict=True))
     results = [_sample(build, read(v)) for v in program.outputs]
     return validate(reached(Graph(tuple(build), tuple(ports), tuple(results))))
+
+
+def with_tables(inst: Instrumented, view: View, model_state: Tree) -> View:
+    """The view with its integer tables, built if it has none."""
+    return view if view.tables else view._replace(tables=inst.tables(view, model_state))
 
 
 def _shape(eqn: Any) -> tuple[int, ...]:
