@@ -35,6 +35,7 @@ from pquant_jax.graph import (
     sparsity_summary,
     summary_text,
 )
+from pquant_jax.lower import Gap, check
 from pquant_jax.numerics import kif, mask, site
 from pquant_jax.train import Metric, Plan, Result, calibrate, finalize, fit, load_final, save_final
 from pquant_jax.transforms import (
@@ -59,6 +60,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "Event",
+    "Gap",
     "InputSpec",
     "Instrumented",
     "LoweringError",
@@ -82,6 +84,7 @@ __all__ = [
     "boundary",
     "calibrate",
     "chain",
+    "check",
     "constrain",
     "data",
     "ebops",
