@@ -210,11 +210,11 @@ def batch_axes(program: Program, inputs: Sequence[int | None]) -> dict[int, int 
     starts: dict[int, int] = {}
     while True:
         axes = _axes_of(program, inputs, starts)
-        more = {a: axes[b] for a, b in program.carries if axes.get(a, 0) is None and axes.get(b) is not None}
-        more = {slot: axis for slot, axis in more.items() if slot not in program.inputs}
+        pairs = [(a, axes.get(b)) for a, b in program.carries if axes.get(a, 0) is None and a not in program.inputs]
+        more = {slot: axis for slot, axis in pairs if axis is not None}
         if not more:
             return axes
-        starts.update(more)  # pyright: ignore[reportArgumentType]
+        starts.update(more)
 
 
 def _axes_of(program: Program, inputs: Sequence[int | None], starts: Mapping[int, int]) -> dict[int, int | None]:

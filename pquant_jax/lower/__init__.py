@@ -3,6 +3,7 @@
 from pquant_jax.lower._build import Gap
 from pquant_jax.lower._check import check
 from pquant_jax.lower._estimate import Estimate, estimate
+from pquant_jax.lower._plugin import Finished
 from pquant_jax.lower._trace import trace
 from pquant_jax.lower._verify import forward_outputs, verify
 from pquant_jax.lower.dead import remove_dead
@@ -11,6 +12,7 @@ from pquant_jax.lower.ir import Graph, Node
 
 __all__ = [
     "Estimate",
+    "Finished",
     "Gap",
     "Graph",
     "Node",

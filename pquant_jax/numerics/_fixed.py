@@ -125,7 +125,8 @@ def _wrap(codes: jax.Array, k: jax.Array, span: jax.Array, *, reflect: bool) -> 
     full = 2 * period if reflect else period
     u = codes - full * jnp.floor(codes / full)  # in [0, full)
     if not reflect:
-        return jnp.where(u >= span, u - k * period, u)
+        # codes beyond 24 bits would lose their last ones in u; what is in range is not touched
+        return jnp.where((codes >= -k * span) & (codes < span), codes, jnp.where(u >= span, u - k * period, u))
     # the triangle wave -k*span .. span-1, span-1 .. -k*span, read from code 0 on
     falling = (u >= span) & (u < span + period)
     return jnp.where(falling, 2 * span - 1 - u, jnp.where(u >= span, u - full, u))
