@@ -8,7 +8,7 @@
 'chain(dst, hgq)'
 """
 
-from pquant_jax import constrain, data, graph, numerics, prune, quantize, search, train, transforms
+from pquant_jax import constrain, data, graph, nn, numerics, prune, quantize, search, train, transforms
 from pquant_jax._base import KIF, AxisRole, Event, InputSpec, Params, SiteSpec, Stage, Transform, View
 from pquant_jax._errors import (
     ConfigError,
@@ -35,8 +35,10 @@ from pquant_jax.graph import (
     sparsity_summary,
     summary_text,
 )
+from pquant_jax.lower import Gap, check
 from pquant_jax.numerics import kif, mask, site
 from pquant_jax.quantize import explain, template
+from pquant_jax.search import scan
 from pquant_jax.train import Metric, Plan, Result, calibrate, finalize, fit, load_final, save_final
 from pquant_jax.transforms import (
     as_optax,
@@ -60,6 +62,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "Event",
+    "Gap",
     "InputSpec",
     "Instrumented",
     "LoweringError",
@@ -83,6 +86,7 @@ __all__ = [
     "boundary",
     "calibrate",
     "chain",
+    "check",
     "constrain",
     "data",
     "ebops",
@@ -101,12 +105,14 @@ __all__ = [
     "mask",
     "masked",
     "named",
+    "nn",
     "numerics",
     "optimizer",
     "pnorm_decay",
     "prune",
     "quantize",
     "save_final",
+    "scan",
     "search",
     "shrink",
     "site",

@@ -56,8 +56,8 @@ class Data(Section):
     """What it is trained on.  Short form: the source alone."""
 
     source: str = "jets"
-    """'jets', 'openml:jets', a path that ends in .npz, or 'package.module:function', which returns a
-    `pquant_jax.data.Dataset` or a dict of arrays."""
+    """'jets', 'particles' or another name that `pquant_jax.data.load` knows, a path that ends in .npz or .csv, or
+    'package.module:function', which returns a `pquant_jax.data.Dataset` or a dict of arrays."""
     n: AtLeastOne | None = None
     """Only the first n samples, taken from the three splits in proportion."""
     standardise: bool = False
