@@ -62,10 +62,22 @@ and pictures.
 
   pquant-jax scan runs/jets_hgq --widths 6 8 10 12 --integers 2 3 4 5
 """
+EXPLAIN: Final = """
+List every quantize site of a configured model: shape, kind, bits to start from, what of them moves, and which rule or
+default says so.
+
+  pquant-jax explain configs/jets_hgq.yaml
+"""
+TEMPLATE: Final = """
+Print the quantization section of a configuration with one rule per site of its model, to edit.
+
+  pquant-jax template configs/jets_hgq.yaml --quantizer fixed
+"""
 SCHEMA: Final = """
 Print the JSON schema of a configuration file: every key with its type, default and meaning.  The sections of methods are
 pruning (ap, autosparse, cs, dst, magnitude, pdp, random, wanda), constraints (MDMM on sparsity, group_sparsity, dsp_sparsity,
-bram_sparsity, nm_violation, ebops, patterns or a function), quantization (fixed, hgq) and search (fitcompress, hawq).
+bram_sparsity, nm_violation, ebops, patterns or a function), quantization (binary, dynamic, fixed, hgq,
+minifloat, ternary) and search (fitcompress, hawq).
 
   pquant-jax schema > experiment.schema.json
 """
@@ -136,6 +148,12 @@ def _parser() -> argparse.ArgumentParser:
     scan.add_argument("--widths", type=_positive, nargs="+", metavar="W", help="total widths; default 4, 6 ... 18")
     scan.add_argument("--integers", type=int, nargs="+", metavar="I", help="integer bits, sign included; default 1 to 8")
     scan.add_argument("--drop", type=float, default=0.01, help="of the metric that a good point may lose (default %(default)s)")
+    explain = _command(commands, "explain", "every quantize site of a model and what it is given", EXPLAIN, _explain)
+    template = _command(commands, "template", "a quantization section with a rule per site", TEMPLATE, _template)
+    for command in (explain, template):
+        command.add_argument("config", metavar="CONFIG", help="YAML file")
+        _add_set(command, "another value of one key (repeatable)")
+    template.add_argument("--quantizer", default="hgq", help="hgq, fixed or dynamic (default %(default)s)")
     _command(commands, "schema", "print the JSON schema of a configuration", SCHEMA, _schema)
     _command(commands, "doctor", "what is installed and what is missing", DOCTOR, _doctor)
     return parser
@@ -220,6 +238,20 @@ def _scan(arguments: Any) -> None:
     )
     count = len(found["widths"]) * len(found["integers"])
     print(f"{name} of float {found['baseline'][name]:.4f}; {good} within {arguments.drop:g}, of {count} in {arguments.run}/scan")
+
+
+def _explain(arguments: Any) -> None:
+    from pquant_jax import config
+    from pquant_jax.run import explain
+
+    print(explain(config.load(arguments.config, arguments.overrides)))
+
+
+def _template(arguments: Any) -> None:
+    from pquant_jax import config
+    from pquant_jax.run import template
+
+    print(template(config.load(arguments.config, arguments.overrides), arguments.quantizer), end="")
 
 
 def _schema(arguments: Any) -> None:

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 import pquant_jax as pq
 from pquant_jax import _tree, config
-from pquant_jax.config import _methods
+from pquant_jax.config import _methods, _quantizers
 from pquant_jax.config._load import TAGS, _sections, _tag
 from pquant_jax.run import _hardware, _training, skips
 from pquant_jax.run._files import new_folder
@@ -65,6 +65,12 @@ def _compression(experiment, prepared, **_):
     view = made.apply(params, state)[0]
     modes = [(n, s.rounding, s.overflow) for n, s in sorted(view.sites.items())]
     return made.name, modes, sorted(view.masks), _leaves((params, state, view))
+
+
+def _every_kind(experiment, prepared, **_):
+    """The quantizer of a model that has tables and outputs with a format of their own."""
+    more = {kind: pq.SiteSpec((3,), kind) for kind in ("table", "output")}
+    return _compression(experiment, prepared._replace(inst=prepared.inst._replace(sites={**prepared.inst.sites, **more})))
 
 
 def _plainly(value: Any) -> Any:
@@ -318,8 +324,36 @@ def _methods_table() -> dict[str, tuple[Any, Any, list[str]]]:
 
 FIXED = {"method": "fixed"}
 RULE = {"where": "Dense_0/.*", "f": 4}
-FORMAT = {"i": 1, "f": 3, "k": 0, "rounding": "TRN", "overflow": "SAT", "granularity": "tensor"}
+FORMAT = {"i": 1, "f": 3, "k": 0, "rounding": "TRN", "overflow": "SAT", "granularity": "tensor", "trainable": False}
+SECTIONS = ("weights", "biases", "activations", "tables", "outputs")
 HELD = f"constraints=[{json.dumps({**SPARSITY, 'metric': 'effect_net:single', 'target': 9})}]"
+
+
+def _formats_table() -> dict[str, tuple[Any, Any, list[str]]]:
+    """Every key of every format and rule of every quantizer."""
+    table: dict[str, tuple[Any, Any, list[str]]] = {}
+    for section in _sections(_quantizers.Quantization):
+        method = _tag(section)
+        for name in (n for n in SECTIONS if n in section.model_fields):
+            bits = _sections(section.model_fields[name].annotation)[0]
+            wraps = name == "tables" or method != "hgq"
+            values = {**FORMAT, "overflow": "WRAP" if wraps else "SAT", "granularity": [0] if name == "weights" else "tensor"}
+            values |= {"i": 3, "granularity": "element"} if name == "tables" else {}
+            table |= {
+                f"quantization.{method}.{name}.{key}": (
+                    values[key],
+                    _every_kind,
+                    [f"quantization={json.dumps({'method': method})}"],
+                )
+                for key in bits.model_fields
+            }
+        setting = [f"quantization={json.dumps({'method': method, 'rules': [RULE]})}"]
+        values = {**FORMAT, "where": "Dense_1/.*", "kind": "input", "overflow": "SAT" if method == "hgq" else "WRAP"}
+        rule = _sections(section.model_fields["rules"].annotation)[0]
+        table |= {f"quantization.{method}.rules.{key}": (values[key], _compression, setting) for key in rule.model_fields}
+    return table
+
+
 RATES = '{"start": 0.02, "end": 0.01, "schedule": "cosine"}'
 
 # key: (another value, what it changes, the configuration it acts in)
@@ -373,14 +407,7 @@ EFFECTS: dict[str, tuple[Any, Any, list[str]]] = {
     "quantization.hgq.gamma": (0.5, _compression, []),
     "quantization.hgq.decay": (0.5, _compression, []),
     "quantization.hgq.freeze": (False, _compression, []),
-    **{f"quantization.hgq.{kind}.{key}": (value, _compression, []) for kind in ("weights", "activations")
-       for key, value in FORMAT.items()},
-    **{f"quantization.hgq.rules.{key}": (value, _compression, [f"quantization.rules=[{json.dumps(RULE)}]"])
-       for key, value in {**FORMAT, "where": "Dense_1/.*"}.items()},
-    **{f"quantization.fixed.{kind}.{key}": (value, _compression, [f"quantization={json.dumps(FIXED)}"])
-       for kind in ("weights", "activations") for key, value in {**FORMAT, "overflow": "WRAP"}.items()},
-    **{f"quantization.fixed.rules.{key}": (value, _compression, [f"quantization={json.dumps({**FIXED, 'rules': [RULE]})}"])
-       for key, value in {**FORMAT, "where": "Dense_1/.*", "overflow": "WRAP"}.items()},
+    **_formats_table(),
     "order": ("quantize_then_prune", _compression, []),
     "hardware.lower": (False, _skipped, []),
     "hardware.latency_cutoff": (9, _rtl, []),

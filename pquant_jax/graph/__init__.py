@@ -1,6 +1,6 @@
 """Level 3: models as pure functions, and the interpreters of their jaxprs."""
 
-from pquant_jax.graph._ebops import ebops
+from pquant_jax.graph._ebops import ebops, products
 from pquant_jax.graph._instrument import Instrumented, instrument
 from pquant_jax.graph._interpret import Const, Program, Step, bind, flatten
 from pquant_jax.graph._models import Model, as_model, from_equinox, from_function, from_linen, from_nnx
@@ -25,6 +25,7 @@ __all__ = [
     "from_linen",
     "from_nnx",
     "instrument",
+    "products",
     "shrink",
     "sparsity_summary",
     "summary_text",

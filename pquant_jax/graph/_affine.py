@@ -20,9 +20,12 @@ def affine(run: Run, name: str, ins: list[Value], original: Any) -> Value | None
     x, c = ins[side], ins[1 - side]
     if not is_parameter(c) or (name == "div" and side == 1) or x.batch is None:
         return None
+    shape = tuple(jnp.shape(original))
+    if tuple(jnp.shape(x.val)) != shape:
+        if jnp.ndim(x.val) != len(shape):
+            return None
+        x = _broadcast(plain(run, x), shape)
     base, scale, offset = x.affine if x.affine is not None else (x, None, None)
-    if tuple(jnp.shape(base.val)) != tuple(jnp.shape(original)):
-        return None
     if name == "add":
         offset = c if offset is None else _combine(jnp.add, offset, c)
     elif name == "sub" and side == 0:
@@ -37,6 +40,14 @@ def affine(run: Run, name: str, ins: list[Value], original: Any) -> Value | None
     lazy = Value(original, base.batch, True, affine=(base, scale, offset))
     # a bias that is one parameter closes the term: what follows sees a finished layer output
     return plain(run, lazy) if scale is None and offset is not None and offset.leaf is not None else lazy
+
+
+def _broadcast(x: Value, shape: tuple[int, ...]) -> Value:
+    """x with its axes of size 1 repeated; what is on a grid stays on it."""
+    made = Value(jnp.broadcast_to(x.val, shape), x.batch, x.signed, paths=x.paths)
+    if x.on_grid is not None:
+        made.on_grid = made if x.on_grid is x else _broadcast(x.on_grid, shape)
+    return made
 
 
 def _combine(function: Callable, *parts: Value) -> Value:

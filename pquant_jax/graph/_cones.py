@@ -179,7 +179,7 @@ def _label(program: Program, steps: Sequence[int]) -> str:
 def _short(step: Step) -> str:
     name = step.eqn.primitive.name
     if inner(step.eqn) is not None:
-        return str(step.eqn.params.get("name", name))
+        return step.calls[-1] if step.calls else "function"
     return str({"logistic": "sigmoid", "div": "reciprocal", "integer_pow": "reciprocal"}.get(name, name))
 
 

@@ -28,7 +28,7 @@ from pquant_jax.graph._interpret import (
     nested,
 )
 from pquant_jax.graph._models import Model
-from pquant_jax.graph._sites import Run, at_site, input_name, operand, parameter, record_active
+from pquant_jax.graph._sites import Run, at_site, input_name, module_of, operand, parameter, record_active
 from pquant_jax.graph._stats import mean_square, output_axes
 from pquant_jax.graph._tables import masked_choice, masked_maximum, masked_sum, quotient, table
 from pquant_jax.graph._values import Value, constant, is_parameter, outputs, prefix
@@ -68,6 +68,7 @@ def execute(
     for n, step in enumerate(program.steps):
         ins = [_read(v, step, found, env) for v in step.ins]
         batch = axes[step.outs[0]] if step.outs else None
+        run.scope = module_of(step.scope)
         live_here = any(s in alive for s in step.outs)
         env.update(zip(step.outs, _rule(run, found, program, n, ins, batch, live_here, env), strict=True))
     flat = [plain(run, _read(v, None, found, env)) for v in program.outputs]
@@ -196,9 +197,8 @@ def _region(run: Run, eqn: Any, ins: list[Value], batch: int) -> list[Value]:
 def _elementwise_product(run: Run, eqn: Any, name: str, ins: list[Value], batch: int) -> list[Value]:
     original = bind(eqn, [v.val for v in ins])
     sited = [operand(run, v, name) for v in ins]
-    if not run.quantizes(*(v.site or "" for v in sited)):
-        return outputs(eqn, ins, original, batch)
-    return outputs(eqn, sited, bind(eqn, [v.val for v in sited]), batch)
+    quantized = run.quantizes(*(v.site or "" for v in sited))
+    return outputs(eqn, sited, bind(eqn, [v.val for v in sited]) if quantized else original, batch)
 
 
 def _product(run: Run, eqn: Any, ins: list[Value], batch: int) -> list[Value]:

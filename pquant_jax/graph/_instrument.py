@@ -29,8 +29,8 @@ class Instrumented(NamedTuple):
     roles     {parameter path: AxisRole} of the kernels.
     forward   (view, model_state, x, *, train=False, rng=None, wrap=None) -> (y, model_state).
     capture   the same -> (y, model_state, stats): also `Stats` of this batch.
-    ebops     (view, *, compat=None) -> effective bit operations of one sample, differentiable in the formats.
-    products  (view, *, compat=None) -> {kernel or product: EBOPs}.
+    ebops     (view, *, compat=None, parallel=None) -> effective bit operations of one sample, differentiable in the formats.
+    products  (view, *, compat=None, parallel=None) -> {kernel, product or table: EBOPs}.
     reference8  64 x MACs: the EBOPs of the unpruned model at 8 bits everywhere.
     inputs    the declared port of every input array, a tree like x.
     encode    (x) -> x on the ports: rounded to nearest and saturated, numpy.
@@ -136,11 +136,11 @@ def instrument(
 
         return built_tables(on_every_code(view.model, state), found.fed, found.specs, view.sites)
 
-    def products(view: View, *, compat: str | None = None) -> dict[str, jax.Array]:
-        return _ebops.of_view(forward, view, model.state, sample, found.specs, compat=compat)
+    def products(view: View, **convention: Any) -> dict[str, jax.Array]:
+        return _ebops.of_view(forward, view, model.state, sample, found.specs, **convention)
 
-    def ebops(view: View, *, compat: str | None = None) -> jax.Array:
-        return sum(products(view, compat=compat).values(), jnp.zeros((), jnp.float32))
+    def ebops(view: View, **convention: Any) -> jax.Array:
+        return sum(products(view, **convention).values(), jnp.zeros((), jnp.float32))
 
     return Instrumented(
         model, found.specs, found.roles, forward, capture, ebops, products, _reference8(ebops, model.params, found.specs),

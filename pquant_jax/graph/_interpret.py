@@ -98,9 +98,12 @@ def flatten(closed: ClosedJaxpr, opaque: Callable[[Any], bool] = lambda eqn: Fal
         for eqn in jaxpr.eqns:
             ins = tuple(read(v) for v in eqn.invars)
             call, scope = inner(eqn), str(eqn.source_info.name_stack) or outer
-            if call is not None and not opaque(eqn):
+            only = _only_part(eqn)
+            if only is not None:
+                outs: Sequence[int | Const] = [ins[only]]
+            elif call is not None and not opaque(eqn):
                 name = eqn.params.get("name")
-                outs: Sequence[int | Const] = walk(call[0], call[1], ins, scope, (*calls, str(name)) if name else calls)
+                outs = walk(call[0], call[1], ins, scope, (*calls, str(name)) if name else calls)
             else:
                 slots = tuple(fresh() for _ in eqn.outvars)
                 steps.append(Step(eqn, ins, slots, scope, calls))
@@ -110,18 +113,26 @@ def flatten(closed: ClosedJaxpr, opaque: Callable[[Any], bool] = lambda eqn: Fal
 
     inputs = tuple(fresh() for _ in closed.jaxpr.invars)
     outputs = walk(closed.jaxpr, closed.consts, inputs, "")
-    return Program(_reached(_keep_shared_axes(steps, outputs, fresh), outputs), inputs, tuple(outputs))
+    return Program(_keep_shared_axes(_read(steps, outputs), outputs, fresh), inputs, tuple(outputs))
 
 
-def _reached(steps: Sequence[Step], outputs: Sequence[int | Const]) -> tuple[Step, ...]:
-    """The steps that the outputs depend on: `instrument` leaves both forms of what it fuses, and one of them is dead."""
+def _only_part(eqn: Any) -> int | None:
+    """Which operand a concatenation with nothing is: `jnp.pad` puts edges of width 0 at every axis, the batch too."""
+    if eqn.primitive.name != "concatenate":
+        return None
+    parts = [n for n, v in enumerate(eqn.invars) if np.prod(v.aval.shape) > 0]
+    return parts[0] if len(parts) == 1 else None
+
+
+def _read(steps: Sequence[Step], outputs: Sequence[int | Const]) -> list[Step]:
+    """The steps that an output needs, and those with effects."""
     needed = {v for v in outputs if isinstance(v, int)}
-    kept: list[Step] = []
+    kept = []
     for step in reversed(steps):
-        if needed.intersection(step.outs) or step.eqn.effects:
-            kept.append(step)
+        if step.eqn.effects or needed.intersection(step.outs):
             needed.update(v for v in step.ins if isinstance(v, int))
-    return tuple(reversed(kept))
+            kept.append(step)
+    return kept[::-1]
 
 
 def _keep_shared_axes(steps: Sequence[Step], outputs: Sequence[int | Const], fresh: Callable[[], int]) -> tuple[Step, ...]:

@@ -34,6 +34,7 @@ class Run:
     stats: dict[str, dict[str, Any]] = field(default_factory=lambda: {"range": {}, "square": {}, "active": {}})
     uses: dict[str, int] = field(default_factory=dict)
     asked: dict[str, Any] = field(default_factory=dict)  # {parameter path: the format that the model itself asks for}
+    scope: str = ""  # the module of the model that the present equation is in, as far as its framework says so
     tables: dict[str, Any] | None = None  # {table: what its function gives on every code}, where `inst.tables` wants it
     fed: dict[str, str] = field(default_factory=dict)  # {table: the site in front of it}
 
@@ -49,10 +50,22 @@ def count(run: Run, name: str) -> str:
     return name if used == 0 else f"{name}#{used}"
 
 
+def module_of(name_stack: str) -> str:
+    """The path of a module in the model's name stack: linen writes `Net/Dense_0/...qhd,...khd->...hqk`, nnx nothing.
+
+    >>> module_of("Net/Block_1/LayerNorm_0"), module_of("vmap(Net)/Dense_0"), module_of("")
+    ('Block_1/LayerNorm_0', 'Dense_0', '')
+    """
+    parts = name_stack.split("/")[1:]
+    return "/".join(p for p in parts if p.isidentifier())
+
+
 def home(run: Run, v: Value) -> str:
-    """The layer that a value comes from, "" if there is none."""
+    """The layer that a value comes from or, failing that, is used in; "" if there is none."""
     if v.channels is not None:
         return v.channels[0].rpartition("/")[0]
+    if run.scope:
+        return run.scope
     paths = frozenset(p for p in v.paths if p not in run.specs or run.specs[p].kind in ("kernel", "bias"))
     return prefix(paths) or prefix(v.paths)
 
@@ -82,7 +95,7 @@ def parameter(run: Run, v: Value, kind: str, derived_name: str) -> Value:
 
 def operand(run: Run, v: Value, name: str) -> Value:
     """A site on an operand of a product of two activations; constants stay as they are."""
-    return v if v.batch is None else at_site(run, v, f"{name}/input", "input", shared=True)
+    return v if v.batch is None else at_site(run, v, f"{joined(run.scope, name)}/input", "input", shared=True)
 
 
 def at_site(

@@ -56,9 +56,9 @@ def _read(run: Run, q: Value, built: Table) -> Any:
 
 def _hidden(run: Run, y: Value, keep: Value, original: Value) -> Value:
     """0 outside of the mask, still on its grid."""
-    if not run.quantizes(y.site or ""):
-        return Value(original.val, y.batch, y.signed, paths=y.paths, site=y.site, on_grid=y.on_grid)
-    made = Value(jnp.where(keep.val, y.val, jnp.zeros((), y.val.dtype)), y.batch, y.signed, paths=y.paths)
+    quantized = run.quantizes(y.site or "")
+    value = jnp.where(keep.val, y.val, jnp.zeros((), y.val.dtype)) if quantized else original.val
+    made = Value(value, y.batch, y.signed, paths=y.paths)
     made.on_grid = made
     return made
 

@@ -13,6 +13,7 @@ import numpy as np
 from pquant_jax._base import Tree, View
 from pquant_jax._errors import VerifyError
 from pquant_jax.graph import Instrumented
+from pquant_jax.lower._trace import with_tables
 from pquant_jax.lower.emulate import emulate, flatten_batch, port_grid, to_codes, trace_values
 from pquant_jax.lower.ir import Graph, label
 from pquant_jax.lower.ranges import check_exact, check_float32, intervals
@@ -59,6 +60,7 @@ def verify(
     say = progress or (lambda name: None)
     check_exact(graph)
     check_float32(graph)
+    view = with_tables(inst, view, model_state)
     inputs = vectors_of(graph, inst, x_test, vectors, seed)
     say("emulator")
     expected = flatten_batch(emulate(graph, inputs))
@@ -86,6 +88,7 @@ def verify(
 
 def forward_outputs(inst: Instrumented, view: View, model_state: Tree, inputs: Sequence[np.ndarray]) -> np.ndarray:
     """Outputs of the jitted JAX forward, float64 (N, outputs), in the order of the graph's."""
+    view = with_tables(inst, view, model_state)
 
     @jax.jit
     def forward(x: Any) -> Any:

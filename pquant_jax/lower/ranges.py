@@ -6,7 +6,7 @@ are correlated), hence an element with `low == high` is a constant, which the ba
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -327,7 +327,7 @@ def _check_bits(graph: Graph, limit: int, kind: str, why: str) -> None:
             continue
         at = tuple(int(j) for j in np.unravel_index(bits.argmax(), bits.shape))
         node, own = graph.nodes[index], known[index]
-        where = f" in layer {layer!r}" if (layer := layer_name(graph, index)) else ""
+        where = f" in layer {layer!r}" if (layer := layer_names(graph)[index]) else ""
         raise LoweringError(
             f"{label(graph, index)}{where}: element {at} needs {bits.max()} bits, {kind} has {limit}: {why}. "
             f"Its range is [{own.low[at]:g}, {own.high[at]:g}]. {_advice(node, int(bits.max()) - limit)}"
@@ -344,16 +344,23 @@ def _advice(node: Node, excess: int) -> str:
     )
 
 
-def layer_name(graph: Graph, index: int) -> str:
-    """The model layer of a node: its own name, else that of the nearest named node behind or before it, else ""."""
+def layer_names(graph: Graph, *, readers_first: bool = True) -> list[str]:
+    """Per node the model layer: its own name without the last part, else the nearest named node's.
+
+    Nodes behind it come first, or with readers_first=False those before it; "" without any.
+    """
+    own = [(0, node.name) if node.name else None for node in graph.nodes]
+    behind, before = [*own], [*own]
     readers = consumers(graph)
-    for step in (lambda j: readers[j], lambda j: graph.nodes[j].inputs):
-        at, seen = [index], set()
-        while at:
-            j = at.pop(0)
-            if graph.nodes[j].name:
-                return graph.nodes[j].name.rsplit("/", 1)[0]
-            new = [m for m in step(j) if m not in seen]
-            seen.update(new)
-            at += new
-    return ""
+    for j in reversed(range(len(own))):
+        behind[j] = own[j] or _next(behind[m] for m in readers[j])
+    for j, node in enumerate(graph.nodes):
+        before[j] = own[j] or _next(before[m] for m in node.inputs)
+    found = (a or b for a, b in zip(*((behind, before) if readers_first else (before, behind)), strict=True))
+    return [f[1].rsplit("/", 1)[0] if f else "" for f in found]
+
+
+def _next(near: Iterable[tuple[int, str] | None]) -> tuple[int, str] | None:
+    """One step further than the nearest of what is there, the first of several."""
+    there = [f for f in near if f is not None]
+    return min(((steps + 1, name) for steps, name in there), key=lambda f: f[0], default=None)

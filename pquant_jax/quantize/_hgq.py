@@ -14,12 +14,23 @@ import jax.numpy as jnp
 from pquant_jax import _tree
 from pquant_jax._base import KIF, Event, Params, SiteSpec, Stage, Stats, Transform, Tree, View
 from pquant_jax._errors import TransformError
-from pquant_jax.numerics import integer_bits, quantize
-from pquant_jax.quantize._format import Format, Rules, format_shape, resolve, sign_bits, view_of
+from pquant_jax.numerics import integer_bits
+from pquant_jax.quantize._format import (
+    PARAMETERS,
+    TABLES,
+    Choice,
+    Format,
+    Rules,
+    by_kind,
+    check_width,
+    format_shape,
+    full_kif,
+    resolve,
+    sign_bits,
+    view_of,
+)
+from pquant_jax.quantize._ranges import F_LIMITS, I_LIMITS, limited, needed_bits, rounded, shared_range, site_range
 from pquant_jax.transforms import hyper, labelled
-
-F_LIMITS = (-24.0, 24.0)  # bits; beyond them 2^f leaves what float32 products can hold
-I_LIMITS = (-23.0, 23.0)
 
 
 class HGQState(NamedTuple):
@@ -46,14 +57,18 @@ def hgq(
     decay: float = 0.01,
     freeze: bool = True,
     weights: Format = Format(i=2, f=6, k=1, overflow="SAT_SYM"),
+    biases: Format | None = None,
     activations: Format = Format(i=2, f=6, overflow="WRAP"),
+    tables: Format = TABLES,
+    outputs: Format | None = None,
     rules: Rules = (),
 ) -> Transform:
     """Quantize every site with trained formats; penalty beta * cost(view) + gamma * sum(raw bits), none in pre-training.
 
     f is trained everywhere and i where the mode saturates.  Where it wraps, i follows the data: a weight's from its
     own value, an activation's from the range of the batch, i <- max(i - decay, what [low, high] needs), one step
-    behind because `step` sees this batch's statistics.  low and high are tracked separately.
+    behind because `step` sees this batch's statistics.  low and high are tracked separately.  At a site with `max_bits`
+    (a table's input) the f at use is min(f, max_bits - k - i).
 
     Args:
       sites: `inst.sites`.
@@ -62,20 +77,21 @@ def hgq(
       gamma: penalty per raw bit (HGQ's MonoL1, signed); None leaves the sum out of the step.
       decay: bits per step that a tracked i may sink.
       freeze: keep the bits still in fine-tuning.
-      weights, activations, rules: as in `fixed`; WRAP_SM can't be trained.
-    Raises: TransformError for a mode that can't be trained or a rule that matches nothing.
+      weights, biases, activations, tables, outputs, rules: as in `fixed`; WRAP_SM can't be trained, a format that is not
+        `trainable` stays as it is.
+    Raises: TransformError for a mode that can't be trained, a rule that matches nothing, or a format that is not trained
+      and wider than the site's `max_bits`.
 
     >>> t = hgq({"kernel": SiteSpec((2,), "kernel")}, weights=Format(i=0, f=2, k=1, overflow="SAT_SYM"))
     >>> params = t.attach({"kernel": jnp.float32([0.3, 2.0])})
     >>> t.apply(params, t.init(params))[0].model["kernel"].tolist()
     [0.25, 0.75]
     """
-    formats = resolve(sites, weights, activations, rules)
-    bad = [name for name, fmt in formats.items() if fmt.overflow == "WRAP_SM"]
-    if bad:
-        raise TransformError(f"{bad[0]}: overflow WRAP_SM has no trained range; use WRAP, SAT or SAT_SYM, or quantize.fixed")
+    choices = _choices(sites, resolve(sites, by_kind(weights, activations, biases, tables, outputs), rules))
+    still = {name: full_kif(sites[name], c.format) for name, c in choices.items() if not c.moves}
+    formats = {name: c.format for name, c in choices.items() if c.moves}
     wraps = {name for name, fmt in formats.items() if fmt.overflow == "WRAP"}
-    tracked = {name for name in wraps if sites[name].kind not in ("kernel", "bias")}
+    tracked = {name for name in wraps if sites[name].kind not in PARAMETERS}
 
     def attach(model: Tree) -> Params:
         def full(name: str, bits: float) -> jax.Array:
@@ -97,14 +113,17 @@ def hgq(
 
     def kifs(params: Params, state: HGQState) -> dict[str, KIF]:
         bits, leaves, made = params.extra["hgq"], _tree.flatten(params.model), {}
-        for name, fmt in formats.items():
-            if sites[name].kind in ("kernel", "bias") and name not in leaves:  # left out by `masked`
+        for name in choices:
+            if sites[name].kind in PARAMETERS and name not in leaves:  # left out by `masked`
                 continue
-            k, f = state.k[name], bits["f"][name]
+            if name in still:
+                made[name] = still[name]
+                continue
+            fmt, k, f = formats[name], state.k[name], bits["f"][name]
             i = bits["i"].get(name, state.i.get(name))
             if i is None:
                 k, i = _own_format(leaves[name], f, fmt.rounding)
-            made[name] = KIF(k, i, f, fmt.rounding, fmt.overflow)
+            made[name] = KIF(k, i, limited(f, k, i, sites[name].max_bits), fmt.rounding, fmt.overflow)
         return made
 
     def apply(params: Params, state: HGQState) -> tuple[View, HGQState]:
@@ -113,9 +132,20 @@ def hgq(
     def track(params: Params, state: HGQState, stats: Stats, decay: jax.Array) -> dict[str, jax.Array]:
         moved = {}
         for name, i in state.i.items():
-            needed = _range_bits(stats, name, params.extra["hgq"]["f"][name], formats[name].rounding)
+            f, spec = params.extra["hgq"]["f"][name], sites[name]
+            span = site_range(stats, name, f.shape)
+            needed = needed_bits(*span, state.k[name], f, formats[name].rounding, spec.max_bits or None)
             moved[name] = jnp.clip(jnp.maximum(i - decay, needed), *I_LIMITS)
         return moved
+
+    def signs(params: Params, i: Mapping[str, jax.Array], stats: Stats) -> dict[str, jax.Array]:
+        """k of what was calibrated, on the finest grid that the site can have: without a sign bit."""
+        made = {}
+        for name, bits in i.items():
+            f = limited(params.extra["hgq"]["f"][name], jnp.zeros_like(bits), bits, sites[name].max_bits)
+            low, _ = site_range(stats, name, f.shape)
+            made[name] = (rounded(low, f, formats[name].rounding) < 0).astype(f.dtype)
+        return made
 
     def step(
         params: Params, state: HGQState, *, stage: Any, stats: Stats, previous: Params | None = None, **extra: Any
@@ -137,11 +167,12 @@ def hgq(
         del extra
         state = state._replace(stage=jnp.asarray(stage, jnp.int32))
         if stats:  # a calibration over a whole data set: exactly what its ranges need, signs included
-            f, now = params.extra["hgq"]["f"], event == Event.CALIBRATE
+            now = event == Event.CALIBRATE
             exact = track(params, state, stats, jnp.full((), jnp.inf, jnp.float32))
+            k = signs(params, exact, stats)
             i = {name: jnp.where(now, exact[name], old) for name, old in state.i.items()}
-            signs = {n: jnp.where(now, _range_sign(stats, n, f[n], formats[n].rounding), state.k[n]) for n in i}
-            state = state._replace(i=i, k={**state.k, **signs})
+            state = state._replace(i=i, k={**state.k, **{n: jnp.where(now, k[n], state.k[n]) for n in k}})
+            params = Params(params.model, {**params.extra, "hgq": _set(params.extra["hgq"], stats.get("format", {}), now)})
         t = epoch.astype(jnp.float32) / jnp.maximum(epochs - 1, 1).astype(jnp.float32)
         start, end = state.hyper["beta"], state.hyper["beta_end"]
         end = jnp.where(jnp.isnan(end), start, end)
@@ -157,40 +188,38 @@ def hgq(
         return jnp.where(state.stage == Stage.PRETRAIN, zero, price)
 
     needs = frozenset({"range"}) if tracked else frozenset()
-    return Transform("hgq", attach, init, apply, step, boundary, penalty, labelled("hgq", "bits"), needs)
+    return Transform("hgq", attach, init, apply, step, boundary, penalty, labelled("hgq", "bits"), needs, choices)
+
+
+def _choices(sites: Mapping[str, SiteSpec], choices: Mapping[str, Choice]) -> dict[str, Choice]:
+    """What moves at every site.  Raises: TransformError for what can't."""
+    made = {}
+    for name, choice in choices.items():
+        fmt = choice.format
+        if fmt.overflow == "WRAP_SM" and fmt.trainable:
+            raise TransformError(
+                f"{name}: overflow WRAP_SM has no trained range; use WRAP, SAT or SAT_SYM, trainable=False, or quantize.fixed"
+            )
+        if not fmt.trainable:
+            check_width(name, sites[name], choice)
+            made[name] = choice
+            continue
+        follows = "its value" if sites[name].kind in PARAMETERS else "the range"
+        made[name] = choice._replace(moves="i, f" if fmt.overflow != "WRAP" else f"f; i follows {follows}")
+    return made
+
+
+def _set(bits: Any, formats: Mapping[str, Any], now: jax.Array) -> Any:
+    """The trained bits with those of the sites in `formats` that saturate replaced: what a calibration chose for them."""
+    made = {part: dict(values) for part, values in bits.items()}
+    for name in formats.keys() & made["i"].keys():
+        for part, new in zip(("i", "f"), formats[name], strict=True):
+            made[part][name] = jnp.where(now, new, made[part][name])
+    return made
 
 
 def _own_format(w: jax.Array, f: jax.Array, rounding: str) -> tuple[jax.Array, jax.Array]:
     """(k, i) of the narrowest two's complement that holds the rounded weights, per element of f's shape; 0 needs no bits."""
-    rounded = jax.lax.stop_gradient(_rounded(w, f, rounding))
-    low, high = _shared_range(rounded, rounded, f.shape)
+    on_grid = jax.lax.stop_gradient(rounded(w, f, rounding))
+    low, high = shared_range(on_grid, on_grid, f.shape)
     return (low < 0).astype(f.dtype), integer_bits(low, high, f)
-
-
-def _shared_range(low: jax.Array, high: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """The range of everything that shares one format, of the format's shape."""
-    shared = tuple(a for a, (n, m) in enumerate(zip(low.shape, shape, strict=True)) if m == 1 and n != 1)
-    return (jnp.min(low, shared, keepdims=True), jnp.max(high, shared, keepdims=True)) if shared else (low, high)
-
-
-def _site_range(stats: Stats, name: str, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    ranges = stats.get("range", {})
-    if name not in ranges:
-        raise TransformError(f"no range of site {name!r} in the statistics; pass stats= from inst.capture of the same model")
-    low, high = ranges[name]
-    return _shared_range(low, high, shape)
-
-
-def _range_bits(stats: Stats, name: str, f: jax.Array, rounding: str) -> jax.Array:
-    low, high = _site_range(stats, name, f.shape)
-    return integer_bits(_rounded(low, f, rounding), _rounded(high, f, rounding), f)
-
-
-def _rounded(v: jax.Array, f: jax.Array, rounding: str) -> jax.Array:
-    # i = 64: wide enough for any value, so that the zero-width rule does not act on a range
-    return quantize(v, KIF(jnp.ones_like(f), jnp.full_like(f, 64.0), f, rounding, "WRAP"), wrap=False)
-
-
-def _range_sign(stats: Stats, name: str, f: jax.Array, rounding: str) -> jax.Array:
-    low, _ = _site_range(stats, name, f.shape)
-    return (_rounded(low, f, rounding) < 0).astype(f.dtype)

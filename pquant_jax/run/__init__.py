@@ -6,5 +6,20 @@ from pquant_jax.run._report import write_report
 from pquant_jax.run._run import lower, resume, run, verify
 from pquant_jax.run._scan import scan
 from pquant_jax.run._signals import Stopped
+from pquant_jax.run._sites import explain, template
 
-__all__ = ["Check", "Stopped", "checks", "lower", "predict", "resume", "run", "scan", "skips", "verify", "write_report"]
+__all__ = [
+    "Check",
+    "Stopped",
+    "checks",
+    "explain",
+    "lower",
+    "predict",
+    "resume",
+    "run",
+    "scan",
+    "skips",
+    "template",
+    "verify",
+    "write_report",
+]

@@ -1,4 +1,4 @@
-"""`Graph` -> da4ml netlist -> Verilog or VHDL.  The only module that imports da4ml (inside functions: it is optional).
+"""`Graph` -> da4ml netlist -> Verilog or VHDL.  Only this module and `lower._plugin` import da4ml, inside functions.
 
 Every scalar of the graph becomes a da4ml variable or, where `ranges.intervals` proves it constant, a Python float; the
 operators on them are in `_scalars`.  All rounding and overflow modes are exact: da4ml offers TRN and RND with WRAP, SAT
@@ -152,13 +152,18 @@ def to_comb(
         ports = [v for j in graph.inputs for v in values[j].ravel()]
         outputs = [_variable(v, circuit) for j in graph.outputs for v in values[j].ravel()]
         comb = comb_trace([_variable(v, circuit) for v in ports], outputs)
+    _check_rounded(comb)
+    return comb
+
+
+def _check_rounded(comb: CombLogic) -> None:
+    """Constants are stored relative to the power of two that their neighbour carries, and may lose bits there."""
     rounded = [op.qint.min for op in comb.ops if op.opcode == 5 and op.data * op.qint.step != op.qint.min]
-    if rounded:  # constants are stored relative to the power of two that their neighbour carries
+    if rounded:
         raise LoweringError(
             f"da4ml would round {len(rounded)} constants, such as {rounded[0]!r}: it stores {MAX_FRACTION + 1} fractional bits; "
             "use fewer fractional bits in the quantizers whose bounds or kernels these are"
         )
-    return comb
 
 
 @contextmanager
@@ -178,10 +183,15 @@ def _exact_da4ml(doing: str) -> Iterator[None]:
         raise LoweringError(f"da4ml failed while {doing} ({type(error).__name__}: {text or 'no message'}): {hint}") from error
 
 
-def _trace(graph: Graph, known: Sequence[Interval], circuit: _Circuit) -> list[np.ndarray]:
+def _trace(
+    graph: Graph, known: Sequence[Interval], circuit: _Circuit, ports: Mapping[int, np.ndarray] | None = None
+) -> list[np.ndarray]:
     """Per node an object array of its shape that holds da4ml variables and, for constants, floats."""
     values: list[np.ndarray] = []
     for index, (node, own) in enumerate(zip(graph.nodes, known, strict=True)):
+        if ports and index in ports:
+            values.append(ports[index])
+            continue
         constant = own.low == own.high
         if constant.all() and node.op != "input":
             values.append(own.low.astype(object))
