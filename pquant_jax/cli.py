@@ -55,13 +55,6 @@ emulator has confirmed.
 
   pquant-jax predict runs/jets_hgq data.npz -o out.npz
 """
-SCAN: Final = """
-What post-training quantization would have given: the run's uncompressed model (float.npz) at every ap_fixed<W,I> of a grid, on
-the test set.  Writes RUN/scan/: scan.json (the metric at every point, the narrowest good one, the layers that need bits most)
-and pictures.
-
-  pquant-jax scan runs/jets_hgq --widths 6 8 10 12 --integers 2 3 4 5
-"""
 EXPLAIN: Final = """
 List every quantize site of a configured model: shape, kind, bits to start from, what of them moves, and which rule or
 default says so.
@@ -72,6 +65,13 @@ TEMPLATE: Final = """
 Print the quantization section of a configuration with one rule per site of its model, to edit.
 
   pquant-jax template configs/jets_hgq.yaml --quantizer fixed
+"""
+SCAN: Final = """
+What post-training quantization would have given: the run's uncompressed model (float.npz) at every ap_fixed<W,I> of a grid, on
+the test set.  Writes RUN/scan/: scan.json (the metric at every point, the narrowest good one, the layers that need bits most)
+and pictures.
+
+  pquant-jax scan runs/jets_hgq --widths 6 8 10 12 --integers 2 3 4 5
 """
 SCHEMA: Final = """
 Print the JSON schema of a configuration file: every key with its type, default and meaning.  The sections of methods are
@@ -145,15 +145,15 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("data", metavar="DATA.npz", help="input data")
     predict.add_argument("-o", "--out", metavar="OUT.npz", help="default RUN/predictions.npz")
     predict.add_argument("--raw", action="store_true", help="x is not standardised yet: apply the run's (x - mean) / std first")
-    scan.add_argument("--widths", type=_positive, nargs="+", metavar="W", help="total widths; default 4, 6 ... 18")
-    scan.add_argument("--integers", type=int, nargs="+", metavar="I", help="integer bits, sign included; default 1 to 8")
-    scan.add_argument("--drop", type=float, default=0.01, help="of the metric that a good point may lose (default %(default)s)")
     explain = _command(commands, "explain", "every quantize site of a model and what it is given", EXPLAIN, _explain)
     template = _command(commands, "template", "a quantization section with a rule per site", TEMPLATE, _template)
     for command in (explain, template):
         command.add_argument("config", metavar="CONFIG", help="YAML file")
         _add_set(command, "another value of one key (repeatable)")
     template.add_argument("--quantizer", default="hgq", help="hgq, fixed or dynamic (default %(default)s)")
+    scan.add_argument("--widths", type=_positive, nargs="+", metavar="W", help="total widths; default 4, 6 ... 18")
+    scan.add_argument("--integers", type=int, nargs="+", metavar="I", help="integer bits, sign included; default 1 to 8")
+    scan.add_argument("--drop", type=float, default=0.01, help="of the metric that a good point may lose (default %(default)s)")
     _command(commands, "schema", "print the JSON schema of a configuration", SCHEMA, _schema)
     _command(commands, "doctor", "what is installed and what is missing", DOCTOR, _doctor)
     return parser
@@ -227,19 +227,6 @@ def _predict(arguments: Any) -> None:
     print(f"{rows:,} predictions in {arguments.out or os.path.join(arguments.run, 'predictions.npz')} ({proof})")
 
 
-def _scan(arguments: Any) -> None:
-    from pquant_jax.run import scan
-
-    axes = {name: v for name in ("widths", "integers") if (v := getattr(arguments, name)) is not None}
-    found = scan(arguments.run, drop=arguments.drop, **axes)
-    name, point = found["metric"], found["chosen"]
-    good = (
-        "no point is" if point is None else f"<{point['width']},{point['integer']}> has {point['value']:.4f} and is the narrowest"
-    )
-    count = len(found["widths"]) * len(found["integers"])
-    print(f"{name} of float {found['baseline'][name]:.4f}; {good} within {arguments.drop:g}, of {count} in {arguments.run}/scan")
-
-
 def _explain(arguments: Any) -> None:
     from pquant_jax import config
     from pquant_jax.run import explain
@@ -252,6 +239,19 @@ def _template(arguments: Any) -> None:
     from pquant_jax.run import template
 
     print(template(config.load(arguments.config, arguments.overrides), arguments.quantizer), end="")
+
+
+def _scan(arguments: Any) -> None:
+    from pquant_jax.run import scan
+
+    axes = {name: v for name in ("widths", "integers") if (v := getattr(arguments, name)) is not None}
+    found = scan(arguments.run, drop=arguments.drop, **axes)
+    name, point = found["metric"], found["chosen"]
+    good = (
+        "no point is" if point is None else f"<{point['width']},{point['integer']}> has {point['value']:.4f} and is the narrowest"
+    )
+    count = len(found["widths"]) * len(found["integers"])
+    print(f"{name} of float {found['baseline'][name]:.4f}; {good} within {arguments.drop:g}, of {count} in {arguments.run}/scan")
 
 
 def _schema(arguments: Any) -> None:
