@@ -168,7 +168,11 @@ def compared(rows: dict[str, Any]) -> dict[str, float]:
     fronts = {name: sorted((p["accuracy"], p["cost"]) for p in row["points"]) for name, row in rows.items()}
     level = min(max(a for a, _ in f) for f in fronts.values()) - 0.005
     cheapest = {name: min(c for a, c in f if a >= level) for name, f in fronts.items()}
-    return {"level": level, "ratio": cheapest["multipliers"] / cheapest["tables"], **{f"cost_{n}": c for n, c in cheapest.items()}}
+    return {
+        "level": level,
+        "ratio": cheapest["multipliers"] / cheapest["tables"],
+        **{f"cost_{n}": c for n, c in cheapest.items()},
+    }
 
 
 def main() -> None:
@@ -199,7 +203,7 @@ def picture(report: dict[str, Any], path: Path) -> None:
     with plt.rc_context({**STYLE, "font.size": 9}):
         figure, axes = plt.subplots(1, 2, figsize=(9.4, 3.9), constrained_layout=True, sharey=True)
         for axis, key, label in zip(axes, ("cost", "ebops"), ("da4ml cost (LUTs)", "EBOPs, tables counted as LUTs"), strict=True):
-            for (name, row), colour, mark in zip(report["rows"].items(), (VERMILION, BLUE), ("o", "s"), strict=True):
+            for (_, row), colour, mark in zip(report["rows"].items(), (VERMILION, BLUE), ("o", "s"), strict=True):
                 own = sorted(row["points"], key=lambda p: p[key])
                 x, y = [p[key] for p in own], [100 * p["accuracy"] for p in own]
                 axis.plot(x, y, color=colour, marker=mark, ms=5.5, label=f"{row['label']} ({row['epochs']} epochs)")

@@ -125,11 +125,11 @@ def _only_part(eqn: Any) -> int | None:
 
 
 def _read(steps: Sequence[Step], outputs: Sequence[int | Const]) -> list[Step]:
-    """The steps that an output needs, and those with effects."""
+    """The steps that an output needs, those with effects, and the names that a model gives."""
     needed = {v for v in outputs if isinstance(v, int)}
     kept = []
     for step in reversed(steps):
-        if step.eqn.effects or needed.intersection(step.outs):
+        if step.eqn.effects or step.eqn.primitive is site_p or needed.intersection(step.outs):
             needed.update(v for v in step.ins if isinstance(v, int))
             kept.append(step)
     return kept[::-1]
