@@ -203,7 +203,7 @@ def picture(report: dict[str, Any], path: Path) -> None:
     with plt.rc_context({**STYLE, "font.size": 9}):
         figure, axes = plt.subplots(1, 2, figsize=(9.4, 3.9), constrained_layout=True, sharey=True)
         for axis, key, label in zip(axes, ("cost", "ebops"), ("da4ml cost (LUTs)", "EBOPs, tables counted as LUTs"), strict=True):
-            for (_, row), colour, mark in zip(report["rows"].items(), (VERMILION, BLUE), ("o", "s"), strict=True):
+            for row, colour, mark in zip(report["rows"].values(), (VERMILION, BLUE), ("o", "s"), strict=True):
                 own = sorted(row["points"], key=lambda p: p[key])
                 x, y = [p[key] for p in own], [100 * p["accuracy"] for p in own]
                 axis.plot(x, y, color=colour, marker=mark, ms=5.5, label=f"{row['label']} ({row['epochs']} epochs)")

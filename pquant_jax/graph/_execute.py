@@ -129,7 +129,9 @@ def _rule(
     if name in PRODUCTS:
         return _product(run, eqn, [plain(run, v) for v in ins], batch)
     data = [v for v in ins if v.batch is not None]
-    if name in ("add", "sub", "mul", "div") and len(data) == 1 and n not in found.dropout:
+    if n in found.dropout:
+        return [_dropped(eqn, [plain(run, v) for v in ins], batch)]
+    if name in ("add", "sub", "mul", "div") and len(data) == 1:
         original = bind(eqn, [v.val for v in ins])[0]
         lazy = affine(run, name, ins, original) if all(v.masked is None for v in ins) else None
         if lazy is not None:
@@ -148,6 +150,16 @@ def _rule(
         masked_sum(name, ins, made[0])
     if name == "reduce_max" and ins[0].masked is not None:
         return [masked_maximum(run, eqn, ins[0], made[0])]
+    return made
+
+
+def _dropped(eqn: Any, ins: list[Value], batch: int) -> Value:
+    """A part of a dropout: there in training only, so that it must not change which values have sites."""
+    made = outputs(eqn, ins, bind(eqn, [v.val for v in ins]), batch)[0]
+    x = next((v for v in ins[1 if len(ins) == 3 else 0 :] if v.batch is not None), None)
+    if x is not None:
+        made.paths, made.channels, made.site, made.signed = x.paths, x.channels, x.site, x.signed
+        made.on_grid = made if x.on_grid is x else None
     return made
 
 

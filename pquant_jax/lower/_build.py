@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import sysconfig
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pquant_jax._errors import LoweringError
+from pquant_jax.graph import model_line
 from pquant_jax.lower.ir import Node
 
 Nodes = list[Node]  # the growing graph: rules append to it and pass indices around
 Operand = int | np.ndarray  # a node, or a constant
-_LIBRARIES: Final = tuple(f"{os.sep}{name}{os.sep}" for name in ("jax", "flax", "equinox", "haiku", "optax", "contextlib.py"))
-_HERE: Final = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-_PACKAGES: Final = (sysconfig.get_paths()["purelib"], sysconfig.get_paths()["stdlib"])
 
 
 class Op(NamedTuple):
@@ -109,22 +105,29 @@ def place_of(build: Nodes, ins: Sequence[Operand], scope: str) -> str:
     return scope or "the input"
 
 
-def model_line(eqn: Any) -> str:
-    """`model.py:12` of the model's line that an equation comes from; "" if its traceback was not kept.
+class Gap(NamedTuple):
+    """One thing that a model lacks on its way to hardware.
 
-    The innermost frame outside of this package, of the libraries and of what Python itself brings.
+    where: the site, parameter or layer.  op: what is there.  line: the model's, `model.py:12`, or "".  fix: what to do.
     """
-    frames = getattr(eqn.source_info.traceback, "frames", ())
-    for frame in frames:
-        path = os.path.abspath(frame.file_name)
-        if frame.file_name.startswith("<") or path.startswith((_HERE, *_PACKAGES)) or any(p in path for p in _LIBRARIES):
-            continue
-        return f"{frame.file_name}:{frame.line_num}"
-    return ""
+
+    where: str
+    op: str
+    line: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.op}{f' at {self.line}' if self.line else ''}: {self.fix}"
 
 
-def refusal(op: Op, what: str, why: str) -> LoweringError:
+class Refusal(LoweringError):
+    """A `LoweringError` of one equation, with its `Gap`."""
+
+    def __init__(self, gap: Gap) -> None:
+        super().__init__(f"can't lower {gap.op} (near {gap.where}{f', {gap.line}' if gap.line else ''}): {gap.fix}")
+        self.gap = gap
+
+
+def refusal(op: Op, what: str, why: str) -> Refusal:
     """The error for an equation: what it is, where in the model, why not and what to do."""
-    line = model_line(op.eqn)
-    where = f"near {place_of(op.build, op.ins, op.scope)}" + (f", {line}" if line else "")
-    return LoweringError(f"can't lower {what} ({where}): {why}")
+    return Refusal(Gap(place_of(op.build, op.ins, op.scope), what, model_line(op.eqn), why))

@@ -58,9 +58,9 @@ def verify(
       if an accumulator exceeds what float32 (24 bits) or float64 holds exactly.
     """
     say = progress or (lambda name: None)
+    view = with_tables(inst, view, model_state)
     check_exact(graph)
     check_float32(graph)
-    view = with_tables(inst, view, model_state)
     inputs = vectors_of(graph, inst, x_test, vectors, seed)
     say("emulator")
     expected = flatten_batch(emulate(graph, inputs))
@@ -87,7 +87,10 @@ def verify(
 
 
 def forward_outputs(inst: Instrumented, view: View, model_state: Tree, inputs: Sequence[np.ndarray]) -> np.ndarray:
-    """Outputs of the jitted JAX forward, float64 (N, outputs), in the order of the graph's."""
+    """Outputs of the jitted JAX forward, float64 (N, outputs), in the order of the graph's.
+
+    Tables that the view lacks are built.
+    """
     view = with_tables(inst, view, model_state)
 
     @jax.jit
