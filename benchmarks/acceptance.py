@@ -2,8 +2,9 @@
 
     python benchmarks/acceptance.py demo [--skip-clone]
     python benchmarks/acceptance.py pruning
+    python benchmarks/acceptance.py models [--only zoo fuzz ...]
 
-Each takes about half an hour on 2 cores.  Nothing else should run: some of the lines are times.
+Each takes about half an hour on 2 cores, `models` two hours.  Nothing else should run: some of the lines are times.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -111,16 +112,26 @@ def pruning(skip_clone: bool) -> Iterator[Line]:
     yield from module("acceptance_pruning").lines()
 
 
+def models(only: Sequence[str]) -> Iterator[Line]:
+    """All lines of the third milestone, or those of some parts."""
+    yield from module("acceptance_models").lines(only)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("milestone", choices=["demo", "pruning"])
+    parser.add_argument("milestone", choices=["demo", "pruning", "models"])
     parser.add_argument("--skip-clone", action="store_true", help="leave out the lines that install from an empty clone")
+    parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="parts of the milestone models")
     args = parser.parse_args()
     width = shutil.get_terminal_size((120, 20)).columns
+    parts = module("acceptance_models").PARTS if args.milestone == "models" else {}
+    if not set(args.only) <= set(parts):
+        parser.error(f"--only is {' '.join(args.only)}, expected parts of {args.milestone}: {', '.join(parts) or 'it has none'}")
+    found = models(args.only) if parts else {"demo": demo, "pruning": pruning}[args.milestone](args.skip_clone)
     failed = 0
-    for line in {"demo": demo, "pruning": pruning}[args.milestone](args.skip_clone):
+    for line in found:
         failed += not line.holds
-        print(f"{'ok  ' if line.holds else 'FAIL'} {line.name:<66} {line.figure}"[: max(width, 400)], flush=True)
+        print(f"{'ok  ' if line.holds else 'FAIL'} {line.name:<66} {line.figure}"[: max(width, 600)], flush=True)
     return 1 if failed else 0
 
 

@@ -8,7 +8,7 @@
 'chain(dst, hgq)'
 """
 
-from pquant_jax import constrain, data, graph, numerics, prune, quantize, search, train, transforms
+from pquant_jax import constrain, data, graph, nn, numerics, prune, quantize, search, train, transforms
 from pquant_jax._base import KIF, AxisRole, Event, InputSpec, Params, SiteSpec, Stage, Transform, View
 from pquant_jax._errors import (
     ConfigError,
@@ -36,6 +36,8 @@ from pquant_jax.graph import (
     summary_text,
 )
 from pquant_jax.numerics import kif, mask, site
+from pquant_jax.quantize import explain, template
+from pquant_jax.search import scan
 from pquant_jax.train import Metric, Plan, Result, calibrate, finalize, fit, load_final, save_final
 from pquant_jax.transforms import (
     as_optax,
@@ -85,6 +87,7 @@ __all__ = [
     "constrain",
     "data",
     "ebops",
+    "explain",
     "finalize",
     "fit",
     "from_equinox",
@@ -99,18 +102,21 @@ __all__ = [
     "mask",
     "masked",
     "named",
+    "nn",
     "numerics",
     "optimizer",
     "pnorm_decay",
     "prune",
     "quantize",
     "save_final",
+    "scan",
     "search",
     "shrink",
     "site",
     "sparsity_summary",
     "state_of",
     "summary_text",
+    "template",
     "train",
     "transforms",
     "update_state",

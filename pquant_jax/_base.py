@@ -140,6 +140,7 @@ class Transform(NamedTuple):
     penalty   (params, state, view) -> scalar added to the loss; 0 if the method has none.
     labels    (params) -> tree like params of "weights" | "bits" | "thresholds" | "duals".
     needs     statistics it wants in `step(stats=...)`; only those are computed (see `Stats`).
+    formats   {site: format to start from, and where it was said} of a quantizer, for people to read (`pq.explain`).
 
     `view` in `step` and `boundary` is the view that enters the method, `previous` the parameters before the update.
     """
@@ -153,11 +154,13 @@ class Transform(NamedTuple):
     penalty: Callable[[Params, State, View], jax.Array]
     labels: Callable[[Params], Params]
     needs: frozenset[str] = frozenset()
+    formats: Mapping[str, Any] = {}  # never written to
 
 
 Stats = Mapping[str, Mapping[str, Any]]
 """Statistics of one batch by kind.
 
-"range": {site: (low, high)}, arrays of the site's per-sample shape.  By kernel, arrays that broadcast against it:
+"range": {site: (low, high)}, arrays of the site's per-sample shape.  "format": {site: (i, f)} as a calibration chose
+them, of the format's shape.  By kernel, arrays that broadcast against it:
 "square": E[x^2] of its inputs; "active": the fraction of its outputs, after bias or BatchNorm, above 0; "gradient": of the loss.
 """

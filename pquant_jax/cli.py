@@ -55,10 +55,22 @@ emulator has confirmed.
 
   pquant-jax predict runs/jets_hgq data.npz -o out.npz
 """
+EXPLAIN: Final = """
+List every quantize site of a configured model: shape, kind, bits to start from, what of them moves, and which rule or
+default says so.
+
+  pquant-jax explain configs/jets_hgq.yaml
+"""
+TEMPLATE: Final = """
+Print the quantization section of a configuration with one rule per site of its model, to edit.
+
+  pquant-jax template configs/jets_hgq.yaml --quantizer fixed
+"""
 SCHEMA: Final = """
 Print the JSON schema of a configuration file: every key with its type, default and meaning.  The sections of methods are
 pruning (ap, autosparse, cs, dst, magnitude, pdp, random, wanda), constraints (MDMM on sparsity, group_sparsity, dsp_sparsity,
-bram_sparsity, nm_violation, ebops, patterns or a function), quantization (fixed, hgq) and search (fitcompress, hawq).
+bram_sparsity, nm_violation, ebops, patterns or a function), quantization (binary, dynamic, fixed, hgq,
+minifloat, ternary) and search (fitcompress, hawq).
 
   pquant-jax schema > experiment.schema.json
 """
@@ -125,6 +137,12 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("data", metavar="DATA.npz", help="input data")
     predict.add_argument("-o", "--out", metavar="OUT.npz", help="default RUN/predictions.npz")
     predict.add_argument("--raw", action="store_true", help="x is not standardised yet: apply the run's (x - mean) / std first")
+    explain = _command(commands, "explain", "every quantize site of a model and what it is given", EXPLAIN, _explain)
+    template = _command(commands, "template", "a quantization section with a rule per site", TEMPLATE, _template)
+    for command in (explain, template):
+        command.add_argument("config", metavar="CONFIG", help="YAML file")
+        _add_set(command, "another value of one key (repeatable)")
+    template.add_argument("--quantizer", default="hgq", help="hgq, fixed or dynamic (default %(default)s)")
     _command(commands, "schema", "print the JSON schema of a configuration", SCHEMA, _schema)
     _command(commands, "doctor", "what is installed and what is missing", DOCTOR, _doctor)
     return parser
@@ -196,6 +214,20 @@ def _predict(arguments: Any) -> None:
     proof = "integers confirmed by the emulator" if "codes" in arrays else "not lowered, so no integers"
     rows = len(next(iter(arrays.values())))
     print(f"{rows:,} predictions in {arguments.out or os.path.join(arguments.run, 'predictions.npz')} ({proof})")
+
+
+def _explain(arguments: Any) -> None:
+    from pquant_jax import config
+    from pquant_jax.run import explain
+
+    print(explain(config.load(arguments.config, arguments.overrides)))
+
+
+def _template(arguments: Any) -> None:
+    from pquant_jax import config
+    from pquant_jax.run import template
+
+    print(template(config.load(arguments.config, arguments.overrides), arguments.quantizer), end="")
 
 
 def _schema(arguments: Any) -> None:

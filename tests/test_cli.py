@@ -16,9 +16,10 @@ import yaml
 import pquant_jax as pq
 from pquant_jax import config
 from pquant_jax.cli import main
-from pquant_jax.config import _methods
+from pquant_jax.config import _methods, _quantizers
+from pquant_jax.config._load import _sections, _tag
 
-COMMANDS = ("run", "resume", "lower", "verify", "report", "predict", "schema", "doctor")
+COMMANDS = ("run", "resume", "lower", "verify", "report", "predict", "explain", "template", "schema", "doctor")
 
 MODEL = """
 import flax.linen as nn
@@ -125,7 +126,8 @@ def test_no_command_and_unknown_command(capsys):
 
 
 def test_the_schema_and_its_help_know_every_method(capsys):
-    names = {*_methods.METHODS, *_methods.METRICS, *_methods.SEARCHES}
+    quantizers = {_tag(section) for section in _sections(_quantizers.Quantization)}
+    names = {*_methods.METHODS, *_methods.METRICS, *_methods.SEARCHES, *quantizers}
     for arguments in (["schema"], ["schema", "--help"]):
         _, out, _ = cli(capsys, *arguments)
         assert not {name for name in names if not re.search(rf"\b{name}\b", out)}
@@ -134,6 +136,23 @@ def test_the_schema_and_its_help_know_every_method(capsys):
 def test_schema_is_the_configurations(capsys):
     code, out, err = cli(capsys, "schema")
     assert code == 0 and not err and json.loads(out) == config.json_schema()
+
+
+def test_a_template_is_a_section_of_its_model(capsys, tmp_path):
+    """What it prints is appended to the configuration and explained."""
+    path = tmp_path / "small.yaml"
+    path.write_text("model: {build: mlp, args: {hidden: [3]}}\ndata: {n: 2000}\n")
+    assert cli(capsys, "explain", str(path))[::2] == (
+        2,
+        ["error: the configuration has no quantization section; `pquant-jax template` writes one"],
+    )
+    code, section, err = cli(capsys, "template", str(path), "--quantizer", "fixed")
+    assert code == 0 and not err
+    path.write_text(path.read_text() + section.replace("where: Dense_1/kernel, i: 0, f: 7", "where: Dense_1/kernel, i: 0, f: 5"))
+    code, table, err = cli(capsys, "explain", str(path), "--set", "input.f=8")
+    rows = [line.split() for line in table.splitlines()]
+    assert code == 0 and not err and len(rows) == 7
+    assert ["Dense_1/kernel", "(3,", "5)", "kernel", "1", "0", "5", "RND", "SAT", "element", "rule", "'Dense_1/kernel'"] in rows
 
 
 def test_doctor(capsys, monkeypatch):

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 import pquant_jax as pq
 from pquant_jax import _tree, config
-from pquant_jax.config import _methods
+from pquant_jax.config import _methods, _quantizers
 from pquant_jax.config._load import TAGS, _sections, _tag
 from pquant_jax.run import _hardware, _training, skips
 from pquant_jax.run._files import new_folder
@@ -65,6 +65,14 @@ def _compression(experiment, prepared, **_):
     view = made.apply(params, state)[0]
     modes = [(n, s.rounding, s.overflow) for n, s in sorted(view.sites.items())]
     return made.name, modes, sorted(view.masks), _leaves((params, state, view))
+
+
+def _every_kind(experiment, prepared, **_):
+    """What a quantizer does at every site of a model that has tables and outputs with a format of their own."""
+    more = {kind: pq.SiteSpec((3,), kind) for kind in ("table", "output")}
+    inst = prepared.inst._replace(sites={**prepared.inst.sites, **more})
+    made = config.quantizer(experiment.quantization.model_dump(), inst)
+    return [(name, choice.format, choice.moves) for name, choice in made.formats.items()]
 
 
 def _plainly(value: Any) -> Any:
@@ -318,8 +326,45 @@ def _methods_table() -> dict[str, tuple[Any, Any, list[str]]]:
 
 FIXED = {"method": "fixed"}
 RULE = {"where": "Dense_0/.*", "f": 4}
-FORMAT = {"i": 1, "f": 3, "k": 0, "rounding": "TRN", "overflow": "SAT", "granularity": "tensor"}
+FORMAT = {"i": 1, "f": 3, "k": 0, "rounding": "TRN", "overflow": "SAT", "granularity": "tensor", "trainable": False}
+SECTIONS = ("weights", "biases", "activations", "tables", "outputs")
 HELD = f"constraints=[{json.dumps({**SPARSITY, 'metric': 'effect_net:single', 'target': 9})}]"
+
+
+def _formats_table() -> dict[str, tuple[Any, Any, list[str]]]:
+    """Every key of every format and rule of every quantizer."""
+    table: dict[str, tuple[Any, Any, list[str]]] = {}
+    for section in _sections(_quantizers.Quantization):
+        method = _tag(section)
+        for name in (n for n in SECTIONS if n in section.model_fields):
+            bits = _sections(section.model_fields[name].annotation)[0]
+            default = config.parse({"quantization": {"method": method, name: {}}}).quantization
+            given = getattr(default, name)
+            values = {**FORMAT, "i": 9, "overflow": "SAT" if given.overflow == "WRAP" else "WRAP"}
+            values["granularity"] = [0] if given.granularity == "tensor" else "tensor"
+            setting = [f"quantization={json.dumps({'method': method})}"]
+            table |= {f"quantization.{method}.{name}.{key}": (values[key], _every_kind, setting) for key in bits.model_fields}
+        setting = [f"quantization={json.dumps({'method': method, 'rules': [RULE]})}"]
+        values = {**FORMAT, "where": "Dense_1/.*", "kind": "input", "overflow": "SAT" if method == "hgq" else "WRAP"}
+        rule = _sections(section.model_fields["rules"].annotation)[0]
+        table |= {f"quantization.{method}.rules.{key}": (values[key], _every_kind, setting) for key in rule.model_fields}
+    return table
+
+
+def _quantizers_table() -> dict[str, tuple[Any, Any, list[str]]]:
+    """Every other key of the quantizers but hgq."""
+    values = {"decay": 0.5, "compat": "pquantml", "granularity": "tensor", "clip": 2, "threshold": 0.3}
+    values |= {"m": 1, "e": 4, "e0": 2, "beta": 0.5, "freeze": False}
+    table: dict[str, tuple[Any, Any, list[str]]] = {}
+    for section in _sections(_quantizers.Quantization):
+        method = _tag(section)
+        for key in sorted(section.model_fields.keys() & values.keys()) if method != "hgq" else ():
+            theirs = key == "compat" and method == "minifloat"  # HGQ2's differ where there is no mantissa
+            setting = [f"quantization={json.dumps({'method': method, **({'m': -1} if theirs else {})})}"]
+            table[f"quantization.{method}.{key}"] = ("hgq2" if theirs else values[key], _compression, setting)
+    return table
+
+
 RATES = '{"start": 0.02, "end": 0.01, "schedule": "cosine"}'
 
 # key: (another value, what it changes, the configuration it acts in)
@@ -373,14 +418,8 @@ EFFECTS: dict[str, tuple[Any, Any, list[str]]] = {
     "quantization.hgq.gamma": (0.5, _compression, []),
     "quantization.hgq.decay": (0.5, _compression, []),
     "quantization.hgq.freeze": (False, _compression, []),
-    **{f"quantization.hgq.{kind}.{key}": (value, _compression, []) for kind in ("weights", "activations")
-       for key, value in FORMAT.items()},
-    **{f"quantization.hgq.rules.{key}": (value, _compression, [f"quantization.rules=[{json.dumps(RULE)}]"])
-       for key, value in {**FORMAT, "where": "Dense_1/.*"}.items()},
-    **{f"quantization.fixed.{kind}.{key}": (value, _compression, [f"quantization={json.dumps(FIXED)}"])
-       for kind in ("weights", "activations") for key, value in {**FORMAT, "overflow": "WRAP"}.items()},
-    **{f"quantization.fixed.rules.{key}": (value, _compression, [f"quantization={json.dumps({**FIXED, 'rules': [RULE]})}"])
-       for key, value in {**FORMAT, "where": "Dense_1/.*", "overflow": "WRAP"}.items()},
+    **_formats_table(),
+    **_quantizers_table(),
     "order": ("quantize_then_prune", _compression, []),
     "hardware.lower": (False, _skipped, []),
     "hardware.latency_cutoff": (9, _rtl, []),

@@ -1,4 +1,4 @@
-"""The Python of README and docs/pruning.md runs, the YAML parses, and every file they link exists."""
+"""The Python of README and of the guides in docs runs, the YAML parses, and every file they link exists."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from pquant_jax import config
 
 ROOT = Path(__file__).parent.parent
-PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "docs/pruning.md")}
+PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "docs/pruning.md", "docs/precision_scans.md")}
 BLOCKS = [(name, code) for name, text in PAGES.items() for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
 YAML = [code for text in PAGES.values() for code in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
 INLINE = re.findall(r"`((?:pruning|search|quantization): \{.*?\})`", "".join(PAGES.values()))

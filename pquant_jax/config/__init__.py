@@ -12,7 +12,7 @@ from pquant_jax.config._build import (
     rate,
     weights_optimizer,
 )
-from pquant_jax.config._compress import compresses, compression, format_of, quantizes, search
+from pquant_jax.config._compress import compresses, compression, format_of, quantizer, quantizes, search
 from pquant_jax.config._load import dump, load, parse, read_yaml
 from pquant_jax.config._names import find_file, importing, named
 from pquant_jax.config._schema import Experiment, json_schema
@@ -37,6 +37,7 @@ __all__ = [
     "optimizer",
     "parse",
     "plan",
+    "quantizer",
     "quantizes",
     "rate",
     "read_yaml",

@@ -9,10 +9,13 @@ from typing import Any
 from pquant_jax import _tree, constrain, quantize, transforms
 from pquant_jax._base import SiteSpec, Transform
 from pquant_jax._errors import ConfigError, did_you_mean
+from pquant_jax.config._beta import beta_value
 from pquant_jax.config._build import loss
+from pquant_jax.config._load import parse, read_yaml
 from pquant_jax.config._methods import METHODS, METRICS, SEARCHES, Block, Constraint, Groups, Section, arguments_of
 from pquant_jax.config._names import named
-from pquant_jax.config._schema import HGQ, Bits, Experiment, Fixed, Rule
+from pquant_jax.config._quantizers import Bits, formats_of
+from pquant_jax.config._schema import Experiment
 from pquant_jax.graph import Instrumented
 
 Masks = Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -130,15 +133,32 @@ def _absent(metric: Any) -> transforms.Groups:
     return "weight"
 
 
-def _quantization(section: HGQ | Fixed | None, inst: Instrumented) -> Transform | None:
+def _quantization(section: Any, inst: Instrumented) -> Transform | None:
     if section is None:
         return None
-    weights, activations = format_of(section.weights), format_of(section.activations)
-    rules = _rules(section, inst.sites)
-    if isinstance(section, Fixed):
-        return quantize.fixed(inst.sites, weights=weights, activations=activations, rules=rules)
-    hypers = section.model_dump(exclude={"method", "weights", "activations", "rules"})
-    return quantize.hgq(inst.sites, cost=inst.ebops, weights=weights, activations=activations, rules=rules, **hypers)
+    factory = getattr(quantize, section.method)
+    formats = {name: format_of(bits) for name in formats_of(section.method) if (bits := getattr(section, name)) is not None}
+    given = section.model_dump(exclude={"method", "rules", *formats_of(section.method)})
+    given |= {"beta": beta_value(given["beta"])} if "beta" in given else {}
+    offered = {"cost": inst.ebops} if "cost" in inspect.signature(factory).parameters else {}
+    return factory(inst.sites, rules=_rules(section, inst.sites), **formats, **given, **offered)
+
+
+def quantizer(text: str | Mapping[str, Any], inst: Instrumented) -> Transform:
+    """The quantizer of a `quantization` section: YAML such as `pq.template` writes, or a mapping.
+
+    Raises: ConfigError, one line, as for a configuration file.
+
+    >>> import jax.numpy as jnp, pquant_jax as pq
+    >>> inst = pq.instrument(pq.from_function(lambda p, x: x @ p["w"], {"w": jnp.ones((2, 1))}), jnp.ones((1, 2)))
+    >>> quantizer("{method: fixed, weights: {i: 1, f: 3}}", inst).formats["w"].format.f
+    3.0
+    """
+    section = read_yaml(text, "the quantizer") if isinstance(text, str) else text
+    made = _quantization(parse({"quantization": section}).quantization, inst)
+    if made is None:
+        raise ConfigError("the quantizer's section is empty, expected at least 'method: fixed'")
+    return made
 
 
 def format_of(section: Bits) -> quantize.Format:
@@ -146,26 +166,16 @@ def format_of(section: Bits) -> quantize.Format:
     return quantize.Format(**section.model_dump())
 
 
-def _rules(section: HGQ | Fixed, sites: Mapping[str, SiteSpec]) -> list[tuple[_tree.Where, quantize.Format]]:
-    """Rules with what they leave out filled in: one for the weights that match and one for the activations."""
-    made: list[tuple[_tree.Where, quantize.Format]] = []
+def _rules(section: Any, sites: Mapping[str, SiteSpec]) -> list[tuple[_tree.Where, Mapping[str, Any]]]:
+    """The rules of a section, each with the fields that it gives."""
+    made: list[tuple[_tree.Where, Mapping[str, Any]]] = []
     for n, rule in enumerate(section.rules):
-        matched = {name: spec for name, spec in sites.items() if _tree.matches(rule.where, name)}
-        if not matched:
+        where = rule.where if rule.kind is None else quantize.of_kind(rule.kind, where=rule.where or ".*")
+        if not any(_tree.matches(where, name, spec) for name, spec in sites.items()):
+            key, value = ("where", rule.where) if rule.where is not None else ("kind", rule.kind)
+            known = sites if rule.where is not None else {spec.kind for spec in sites.values()}
             raise ConfigError(
-                f"quantization.rules.{n}.where is {rule.where!r}, which matches no site; {did_you_mean(rule.where, sites)}"
+                f"quantization.rules.{n}.{key} is {value!r}, which matches no site; {did_you_mean(str(value), known)}"
             )
-        for base, is_input in ((section.weights, False), (section.activations, True)):
-            names = frozenset(name for name, spec in matched.items() if (spec.kind == "input") == is_input)
-            if names:
-                made.append((_one_of(names), _changed(base, rule)))
+        made.append((where, {k: v for k, v in rule.model_dump(exclude={"where", "kind"}).items() if v is not None}))
     return made
-
-
-def _one_of(names: frozenset[str]) -> Callable[[str, Any], bool]:
-    return lambda name, _: name in names
-
-
-def _changed(base: Bits, rule: Rule) -> quantize.Format:
-    given = {key: value for key, value in rule.model_dump(exclude={"where"}).items() if value is not None}
-    return quantize.Format(**{**base.model_dump(), **given})

@@ -9,24 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from pquant_jax.config._fields import AtLeastOne, Count, Float, NotNegative, Positive, Section, Sign, Where, number, short, whole
+from pquant_jax.config._fields import AtLeastOne, Count, NotNegative, Positive, Section, Sign, Where, number, short, whole
 from pquant_jax.config._methods import Constraint, Pruning, Search, metric_section
-from pquant_jax.quantize import Format
-
-ROUNDINGS = Literal["TRN", "RND", "RND_CONV", "TRN_ZERO", "RND_ZERO", "RND_MIN_INF", "RND_INF"]
-OVERFLOWS = Literal["SAT", "SAT_SYM", "WRAP", "WRAP_SM"]
-TRAINED_OVERFLOWS = ("SAT", "SAT_SYM", "WRAP")
-
-FORMATS: Final[Mapping[str, Mapping[str, Format]]] = {
-    "hgq": {
-        "weights": Format(i=2, f=6, k=1, overflow="SAT_SYM"),
-        "activations": Format(i=2, f=6, overflow="WRAP"),
-    },
-    "fixed": {"weights": Format(i=0, f=7, k=1), "activations": Format(i=2, f=5)},
-}
-"""What `weights` and `activations` of a quantizer are where the configuration leaves a field out."""
+from pquant_jax.config._quantizers import Quantization
 
 
 def _section(key: str) -> Callable[[Any], Any]:
@@ -69,8 +56,8 @@ class Data(Section):
     """What it is trained on.  Short form: the source alone."""
 
     source: str = "jets"
-    """'jets', 'openml:jets', a path that ends in .npz, or 'package.module:function', which returns a
-    `pquant_jax.data.Dataset` or a dict of arrays."""
+    """'jets', 'particles' or another name that `pquant_jax.data.load` knows, a path that ends in .npz or .csv, or
+    'package.module:function', which returns a `pquant_jax.data.Dataset` or a dict of arrays."""
     n: AtLeastOne | None = None
     """Only the first n samples, taken from the three splits in proportion."""
     standardise: bool = False
@@ -171,91 +158,6 @@ class Training(Section):
         return self
 
 
-def _nothing_required(schema: dict[str, Any]) -> None:
-    schema.pop("required", None)
-
-
-class Bits(Section):
-    """How one kind of site is quantized; what is left out comes from the method's default."""
-
-    model_config = ConfigDict(json_schema_extra=_nothing_required)
-
-    i: Float
-    """Integer bits without the sign."""
-    f: Float
-    """Fractional bits."""
-    k: Sign | None
-    """Sign bit; null: where the value can be negative."""
-    rounding: ROUNDINGS
-    overflow: OVERFLOWS
-    granularity: Literal["element", "channel", "tensor"]
-    """One format per element, output channel or tensor."""
-
-
-class Rule(Section):
-    """Another format for the sites it matches; what is left out comes from the section `weights` or `activations`."""
-
-    where: Where
-    """Name of a site, such as 'Dense_0/kernel' or 'Dense_3/input', or a regular expression."""
-    i: Float | None = None
-    f: Float | None = None
-    k: Sign | None = None
-    rounding: ROUNDINGS | None = None
-    overflow: OVERFLOWS | None = None
-    granularity: Literal["element", "channel", "tensor"] | None = None
-
-
-def _completed(method: str, kind: str) -> BeforeValidator:
-    """Fill in what `weights` or `activations` leave out from the method's default."""
-    base = vars(FORMATS[method][kind])
-    return BeforeValidator(lambda v: {**base, **v} if isinstance(v, dict) else v, json_schema_input_type=Bits)
-
-
-def _default(method: str, kind: str) -> Bits:
-    return Bits(**vars(FORMATS[method][kind]))
-
-
-class HGQ(Section):
-    """Bit-widths trained by gradient, per element, under the pressure of beta x EBOPs."""
-
-    method: Literal["hgq"] = "hgq"
-    beta: NotNegative = 1e-5
-    """Penalty per EBOP at the start of the training stage."""
-    beta_end: NotNegative | None = None
-    """Penalty per EBOP at its end, reached geometrically; null: as beta."""
-    gamma: NotNegative | None = None
-    """Penalty per raw bit; null: none."""
-    decay: NotNegative = 0.01
-    """Bits per step that a tracked range may shrink (overflow WRAP)."""
-    freeze: bool = True
-    """Hold bit-widths still in fine-tuning."""
-    weights: Annotated[Bits, _completed("hgq", "weights")] = _default("hgq", "weights")
-    """Starting format of kernels, biases and fused scales."""
-    activations: Annotated[Bits, _completed("hgq", "activations")] = _default("hgq", "activations")
-    """Starting format of what enters a layer."""
-    rules: list[Rule] = []
-    """Exceptions, the first match wins."""
-
-    @model_validator(mode="after")
-    def _trainable(self) -> Self:
-        for name, bits in (("weights", self.weights), ("activations", self.activations), *((r.where, r) for r in self.rules)):
-            if bits.overflow == "WRAP_SM":
-                raise ValueError(f"overflow {' or '.join(TRAINED_OVERFLOWS)} for {name}: WRAP_SM has no trained range")
-        return self
-
-
-class Fixed(Section):
-    """The same formats throughout, as ap_fixed."""
-
-    method: Literal["fixed"] = "fixed"
-    weights: Annotated[Bits, _completed("fixed", "weights")] = _default("fixed", "weights")
-    """Format of kernels, biases and fused scales."""
-    activations: Annotated[Bits, _completed("fixed", "activations")] = _default("fixed", "activations")
-    """Format of what enters a layer."""
-    rules: list[Rule] = []
-    """Exceptions, the first match wins."""
-
-
 class Hardware(Section):
     """What is made of the trained model.  Needs a quantizer."""
 
@@ -295,7 +197,7 @@ class Experiment(Section):
     pruning: Pruning | None = None
     constraints: list[Constraint] = []
     """What training holds to a target besides."""
-    quantization: Annotated[HGQ | Fixed, Field(discriminator="method")] | None = None
+    quantization: Quantization | None = None
     search: Search | None = None
     """What chooses masks and bit-widths when pre-training ends; the other epochs train on with them.  `quantization` is then
     the format of pre-training alone; null: unquantized."""

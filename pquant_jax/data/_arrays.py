@@ -84,6 +84,17 @@ def take(split: Split, index: np.ndarray | slice) -> Split:
     return jtu.tree_map(lambda leaf: leaf[index], split)
 
 
+def leading(dataset: Dataset, n: int, least: int) -> Dataset:
+    """The leading 72 % + 8 % + 20 % of `n` rows of the three splits; `DataError` unless least <= n <= what there is."""
+    total = sum(len(jtu.tree_leaves(getattr(dataset, part).y)[0]) for part in PARTS)
+    if isinstance(n, bool) or not isinstance(n, int) or not least <= n <= total:
+        raise DataError(f"{dataset.name}(n={n!r}): n must be from {least} to {total}, or None for all of them")
+    sizes = [round(TRAIN_FRACTION * n), round(VAL_FRACTION * n)]
+    sizes.append(n - sum(sizes))
+    splits = [take(getattr(dataset, part), slice(size)) for part, size in zip(PARTS, sizes, strict=True)]
+    return dataset._replace(**dict(zip(PARTS, splits, strict=True)), digest=digest(splits))
+
+
 def _has_parts(arrays: Mapping[str, Any]) -> bool:
     return any(f"{key}_{part}" in arrays for key in "xy" for part in PARTS)
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from pquant_jax._errors import DataError, ToolError
-from pquant_jax.data._arrays import PARTS, digest, from_arrays, take
+from pquant_jax.data._arrays import from_arrays, leading
 from pquant_jax.data._files import read_npz
 from pquant_jax.data._types import Dataset
 
@@ -38,15 +38,7 @@ def jets(n: int | None = None) -> Dataset:
     ((360, 16), (40, 16), (100, 16), ('g', 'q', 't', 'w', 'z'))
     """
     dataset = from_arrays(read_npz(Path(__file__).with_name("jets.npz")), standardise=True, name="jets")
-    if n is None:
-        return dataset
-    total = sum(len(getattr(dataset, part).y) for part in PARTS)
-    if not MIN_JETS <= n <= total:
-        raise DataError(f"jets(n={n!r}): n must be from {MIN_JETS} to {total}, or None for all of them")
-    sizes = [round(0.72 * n), round(0.08 * n)]
-    sizes.append(n - sum(sizes))
-    splits = [take(getattr(dataset, part), slice(size)) for part, size in zip(PARTS, sizes, strict=True)]
-    return dataset._replace(**dict(zip(PARTS, splits, strict=True)), digest=digest(splits))
+    return dataset if n is None else leading(dataset, n, MIN_JETS)
 
 
 def openml_jets() -> Dataset:

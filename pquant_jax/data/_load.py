@@ -10,38 +10,48 @@ from typing import Any, Final
 from pquant_jax._errors import ConfigError, DataError, did_you_mean
 from pquant_jax.data._arrays import from_arrays
 from pquant_jax.data._check import check
-from pquant_jax.data._files import from_npz
+from pquant_jax.data._files import from_csv, from_npz
+from pquant_jax.data._images import mnist
 from pquant_jax.data._jets import jets, openml_jets
+from pquant_jax.data._particles import anomalies, jet_masses, particles
+from pquant_jax.data._pixels import pixel_clusters
 from pquant_jax.data._types import Dataset
 
-NAMED: Final = {"jets": jets, "openml:jets": openml_jets}
+NAMED: Final = {
+    "jets": jets, "openml:jets": openml_jets, "particles": particles, "jet_masses": jet_masses, "anomalies": anomalies,
+    "mnist": mnist, "pixel_clusters": pixel_clusters,
+}  # fmt: skip
+COUNTED: Final = {"particles": particles, "jet_masses": jet_masses}
+KNOWN: Final = ", ".join(map(repr, NAMED)) + ", a path that ends in .npz or .csv, or 'package.module:function'"
 FUNCTION: Final = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 def load(spec: str, *, task: str = "classification", standardise: bool = False) -> Dataset:
     """The checked `Dataset` that `spec` names.
 
-    spec: "jets"; "openml:jets"; a path that ends in .npz; or "package.module:function", which is imported and called
-        without arguments and returns a `Dataset` or the mapping that `from_arrays` takes.
-    standardise: for files and mappings; the two jet sets always are.
+    spec: the name of a data set: "jets", "openml:jets", "particles", "jet_masses" (both with a number behind them:
+        "particles:8" has the 8 leading ones), "anomalies", "mnist", "pixel_clusters"; a path that ends in .npz or .csv;
+        or "package.module:function", which is imported and called without arguments and returns a `Dataset` or the
+        mapping that `from_arrays` takes.
+    standardise: for files and mappings; named sets are as their functions say.
 
     Raises `ConfigError` for a text that names nothing, `DataError` for data that is missing or can't be trained on.
 
     >>> load("jest")
     Traceback (most recent call last):
-    pquant_jax._errors.ConfigError: data is 'jest', expected 'jets', 'openml:jets', a path that ends in .npz, or \
-'package.module:function'; did you mean 'jets'?
+    pquant_jax._errors.ConfigError: data is 'jest', expected 'jets', 'openml:jets', 'particles', 'jet_masses', \
+'anomalies', 'mnist', 'pixel_clusters', a path that ends in .npz or .csv, or 'package.module:function'; did you mean 'jets'?
     """
     if spec in NAMED:
         return check(NAMED[spec](), task)
-    if spec.endswith(".npz"):
-        return from_npz(spec, task=task, standardise=standardise)
+    name, _, count = spec.partition(":")
+    if name in COUNTED and count.isdecimal():
+        return check(COUNTED[name](particles=int(count)), task)
+    if spec.endswith((".npz", ".csv")):
+        return (from_npz if spec.endswith(".npz") else from_csv)(spec, task=task, standardise=standardise)
     if FUNCTION.fullmatch(spec) and not spec.startswith("openml:"):
         return _from_function(spec, task, standardise)
-    raise ConfigError(
-        f"data is {spec!r}, expected 'jets', 'openml:jets', a path that ends in .npz, or 'package.module:function'; "
-        + did_you_mean(spec, NAMED)
-    )
+    raise ConfigError(f"data is {spec!r}, expected {KNOWN}; {did_you_mean(spec, NAMED)}")
 
 
 def _from_function(spec: str, task: str, standardise: bool) -> Dataset:

@@ -1,8 +1,9 @@
 """Level 3: models as pure functions, and the interpreters of their jaxprs."""
 
-from pquant_jax.graph._ebops import ebops
+from pquant_jax.graph._calls import bind, model_line
+from pquant_jax.graph._ebops import ebops, products
 from pquant_jax.graph._instrument import Instrumented, instrument
-from pquant_jax.graph._interpret import Const, Program, Step, bind, flatten
+from pquant_jax.graph._interpret import Const, Program, Step, flatten
 from pquant_jax.graph._models import Model, as_model, from_equinox, from_function, from_linen, from_nnx
 from pquant_jax.graph._shrink import Shrunk, shrink
 from pquant_jax.graph._summary import KernelSummary, SparsitySummary, sparsity_summary, summary_text
@@ -25,6 +26,8 @@ __all__ = [
     "from_linen",
     "from_nnx",
     "instrument",
+    "products",
+    "model_line",
     "shrink",
     "sparsity_summary",
     "summary_text",

@@ -11,32 +11,16 @@ import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from pquant_jax._errors import TraceError
-from pquant_jax.numerics import rebind, site_p
-
-INLINE: Mapping[str, str] = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "custom_vjp_call_jaxpr": "fun_jaxpr",
-    "remat": "jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-}
-PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
-ELEMENTWISE = frozenset(
-    "add sub mul div max min neg abs sign square integer_pow pow exp exp2 log log1p expm1 tanh logistic rsqrt sqrt cbrt "
-    "erf sin cos floor ceil round select_n clamp ge gt le lt eq ne and or not xor is_finite nextafter rem "
-    "quantize mask site copy stop_gradient convert_element_type reduce_precision optimization_barrier custom_jvp_call "
-    "custom_vjp_call".split()
+from pquant_jax.graph._batch import ELEMENTWISE as ELEMENTWISE, batch_of
+from pquant_jax.graph._calls import (
+    PRODUCTS as PRODUCTS,
+    bind,
+    contains_product as contains_product,
+    evaluate,
+    inner,
+    nested as nested,
+    unroll,
 )
-REDUCE = frozenset("reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin psum".split())
-
-
-_LOOPS = frozenset({"scan", "while", "cond"})
 
 
 class Const(NamedTuple):
@@ -48,35 +32,38 @@ class Const(NamedTuple):
 class Step(NamedTuple):
     """One equation of the flat program; operands are slots (int) or `Const`s, results are slots.
 
-    scope: the innermost `jax.named_scope` it was traced under, e.g. the site's name.
+    scope: the innermost `jax.named_scope` it was traced under, e.g. the site's name.  calls: the names of the functions
+    it was inlined from, outermost first.
     """
 
     eqn: Any
     ins: tuple[int | Const, ...]
     outs: tuple[int, ...]
     scope: str = ""
+    calls: tuple[str, ...] = ()
 
 
 class Program(NamedTuple):
-    """A jaxpr with its calls inlined: every value has a slot."""
+    """A jaxpr with its calls inlined and its loops unrolled: every value has a slot.
+
+    carries: (before, after the first step) of every unrolled loop's carry; the batch is on the same axis of both.
+    """
 
     steps: tuple[Step, ...]
     inputs: tuple[int, ...]
     outputs: tuple[int | Const, ...]
-
-
-def inner(eqn: Any) -> tuple[Jaxpr, Sequence[Any]] | None:
-    """The jaxpr and constants of a call-like equation, else None."""
-    key = INLINE.get(eqn.primitive.name)
-    if key is None:
-        return None
-    sub = eqn.params[key]
-    return (sub.jaxpr, sub.consts) if isinstance(sub, ClosedJaxpr) else (sub, ())
+    carries: tuple[tuple[int, int], ...] = ()
 
 
 def flatten(closed: ClosedJaxpr, opaque: Callable[[Any], bool] = lambda eqn: False) -> Program:
-    """Inline every call except those that `opaque(eqn)` wants to keep whole; products keep the axes that operands share."""
+    """Inline every call except those that `opaque(eqn)` wants to keep whole; products keep the axes that operands share.
+
+    Loops of a known length are unrolled and known branches taken; those that depend on the data stay as they are.
+    """
     steps: list[Step] = []
+    made: dict[int, Step] = {}
+    values: dict[int, Any] = {}
+    carries: list[tuple[int, int]] = []
     count = 0
 
     def fresh() -> int:
@@ -84,7 +71,33 @@ def flatten(closed: ClosedJaxpr, opaque: Callable[[Any], bool] = lambda eqn: Fal
         count += 1
         return count - 1
 
-    def walk(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[int | Const], outer: str) -> list[int | Const]:
+    def known(v: int | Const) -> Any:
+        """The value of a slot that no input of the program reaches, else None."""
+        if isinstance(v, Const):
+            return v.value
+        if v in made and v not in values:
+            step = made[v]
+            results = [None] * len(step.outs) if step.eqn.effects else evaluate(step.eqn, [known(u) for u in step.ins])
+            values.update(zip(step.outs, results, strict=True))
+        return values.get(v)
+
+    def call(eqn: Any, ins: Sequence[int | Const], scope: str, calls: tuple[str, ...]) -> list[int | Const] | None:
+        """The results of an equation that holds a jaxpr to be walked."""
+        found = None if opaque(eqn) else inner(eqn)
+        if found is not None:
+            name = eqn.params.get("name")
+            return walk(*found, ins, scope, (*calls, str(name)) if name else calls)
+        straight = unroll(eqn, lambda n: known(ins[n]))
+        if straight is None:
+            return None
+        outs = walk(straight.closed.jaxpr, straight.closed.consts, [ins[n] for n in straight.operands], scope, calls)
+        pairs = ((ins[before], outs[after]) for before, after in straight.carries)
+        carries.extend((a, b) for a, b in pairs if isinstance(a, int) and isinstance(b, int))
+        return outs[: len(eqn.outvars)]
+
+    def walk(
+        jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[int | Const], outer: str, calls: tuple[str, ...] = ()
+    ) -> list[int | Const]:
         env: dict[Any, int | Const] = dict(zip(jaxpr.constvars, map(Const, consts), strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
 
@@ -93,19 +106,38 @@ def flatten(closed: ClosedJaxpr, opaque: Callable[[Any], bool] = lambda eqn: Fal
 
         for eqn in jaxpr.eqns:
             ins = tuple(read(v) for v in eqn.invars)
-            call, scope = inner(eqn), str(eqn.source_info.name_stack) or outer
-            if call is not None and not opaque(eqn):
-                outs: Sequence[int | Const] = walk(call[0], call[1], ins, scope)
-            else:
-                slots = tuple(fresh() for _ in eqn.outvars)
-                steps.append(Step(eqn, ins, slots, scope))
-                outs = slots
+            scope, only = str(eqn.source_info.name_stack) or outer, _only_part(eqn)
+            outs: Sequence[int | Const] | None = call(eqn, ins, scope, calls) if only is None else [ins[only]]
+            if outs is None:
+                outs = slots = tuple(fresh() for _ in eqn.outvars)
+                steps.append(Step(eqn, ins, slots, scope, calls))
+                made.update(dict.fromkeys(slots, steps[-1]))
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(v) for v in jaxpr.outvars]
 
     inputs = tuple(fresh() for _ in closed.jaxpr.invars)
     outputs = walk(closed.jaxpr, closed.consts, inputs, "")
-    return Program(_keep_shared_axes(steps, outputs, fresh), inputs, tuple(outputs))
+    kept = _keep_shared_axes(_reached(steps, outputs), outputs, fresh)
+    return Program(kept, inputs, tuple(outputs), tuple(carries))
+
+
+def _only_part(eqn: Any) -> int | None:
+    """Which operand a concatenation with nothing is: `jnp.pad` puts edges of width 0 at every axis, the batch too."""
+    if eqn.primitive.name != "concatenate":
+        return None
+    parts = [n for n, v in enumerate(eqn.invars) if np.prod(v.aval.shape) > 0]
+    return parts[0] if len(parts) == 1 else None
+
+
+def _reached(steps: Sequence[Step], outputs: Sequence[int | Const]) -> tuple[Step, ...]:
+    """The steps that the outputs depend on: `instrument` leaves both forms of what it fuses, and one of them is dead."""
+    needed = {v for v in outputs if isinstance(v, int)}
+    kept: list[Step] = []
+    for step in reversed(steps):
+        if needed.intersection(step.outs) or step.eqn.effects:
+            kept.append(step)
+            needed.update(v for v in step.ins if isinstance(v, int))
+    return tuple(reversed(kept))
 
 
 def _keep_shared_axes(steps: Sequence[Step], outputs: Sequence[int | Const], fresh: Callable[[], int]) -> tuple[Step, ...]:
@@ -169,43 +201,23 @@ def _whole_product(dot: Step, squeezes: Sequence[Step], turn: Step | None, back:
     return flatten(jax.make_jaxpr(product)(*(jax.ShapeDtypeStruct(v.shape, v.dtype) for v in operands)))
 
 
-def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """Bind the equation's primitive on concrete or traced values; our own primitives get their gradient rule back."""
-    ours = rebind(eqn.primitive, tuple(values), eqn.params)
-    if ours is not None:
-        return [ours]
-    # a custom_jvp_call keeps its rule this way; the functions come apart from the parameters before jax 0.10
-    made = eqn.primitive.get_bind_params(eqn.params)
-    functions, params = made if isinstance(made, tuple) else ((), made)
-    out = eqn.primitive.bind(*functions, *values, **params)
-    return list(out) if eqn.primitive.multiple_results else [out]
-
-
-def contains_product(jaxpr: Jaxpr) -> bool:
-    """Does the jaxpr, or one nested in it, hold a product or a named site?"""
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name in PRODUCTS or eqn.primitive is site_p:
-            return True
-        if any(contains_product(sub) for sub in nested(eqn)):
-            return True
-    return False
-
-
-def nested(eqn: Any) -> list[Jaxpr]:
-    """Every jaxpr among an equation's parameters: calls, loop bodies, branches."""
-    found = []
-    for value in eqn.params.values():
-        for item in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(item, (ClosedJaxpr, Jaxpr)):
-                found.append(item.jaxpr if isinstance(item, ClosedJaxpr) else item)
-    return found
-
-
 def batch_axes(program: Program, inputs: Sequence[int | None]) -> dict[int, int | None]:
     """Which axis of every value is the batch; None for values that are the same for all samples.
 
-    A value that lost its batch axis to a reduction is a batch statistic.
+    A value that lost its batch axis to a reduction is a batch statistic.  What a loop starts from (zeros, say) is the
+    batch's where its carry is.
     """
+    starts: dict[int, int] = {}
+    while True:
+        axes = _axes_of(program, inputs, starts)
+        pairs = [(a, axes.get(b)) for a, b in program.carries if axes.get(a, 0) is None and a not in program.inputs]
+        more = {slot: axis for slot, axis in pairs if axis is not None}
+        if not more:
+            return axes
+        starts.update(more)
+
+
+def _axes_of(program: Program, inputs: Sequence[int | None], starts: Mapping[int, int]) -> dict[int, int | None]:
     axes: dict[int, int | None] = dict(zip(program.inputs, inputs, strict=True))
 
     def axis(operand: int | Const) -> int | None:
@@ -213,70 +225,8 @@ def batch_axes(program: Program, inputs: Sequence[int | None]) -> dict[int, int 
 
     for step in program.steps:
         batch = [axis(v) for v in step.ins]
-        axes.update((slot, _batch_of(step.eqn, batch, n)) for n, slot in enumerate(step.outs))
+        axes.update((slot, starts.get(slot, batch_of(step.eqn, batch, n))) for n, slot in enumerate(step.outs))
     return axes
-
-
-def _batch_of(eqn: Any, batch: list[int | None], result: int) -> int | None:
-    found = next(((n, b) for n, b in enumerate(batch) if b is not None), None)
-    if found is None:
-        return None
-    where, b = found
-    name, params = eqn.primitive.name, eqn.params
-    shape, out = eqn.invars[where].aval.shape, eqn.outvars[result].aval.shape
-    if name == "dot_general":
-        return _batch_of_dot(eqn, batch)
-    if name == "conv_general_dilated":
-        return params["dimension_numbers"].out_spec[0]
-    if name in REDUCE:
-        axes = tuple(params.get("axes", ()))
-        return None if b in axes else b if name == "psum" else b - sum(a < b for a in axes)
-    if name == "transpose":
-        return tuple(params["permutation"]).index(b)
-    if name == "broadcast_in_dim":
-        return int(params["broadcast_dimensions"][b])
-    if name == "squeeze":
-        if b in params["dimensions"]:
-            raise TraceError(f"squeeze {shape} -> {out} drops the batch of one sample (axis {b}); name the axes to squeeze")
-        return b - sum(a < b for a in params["dimensions"])
-    if name == "reshape":
-        before = int(np.prod(shape[:b]))
-        # several places fit a batch of one alone: it stays where it is, if it can
-        for a in sorted(range(len(out)), key=lambda a: a != b):
-            if int(np.prod(out[:a])) == before and out[a] == shape[b]:
-                return a
-        raise TraceError(f"reshape {shape} -> {out} mixes the batch (axis {b}) with other axes; keep samples apart")
-    if b in _along(name, params):
-        raise TraceError(f"{name!r} runs along the batch (axis {b}), which mixes samples; keep samples apart")
-    if name in ELEMENTWISE or (len(out) > b and out[b] == shape[b]):
-        return b
-    if name in _LOOPS:  # a counter or another value that is the same for all samples
-        return None
-    raise TraceError(f"can't follow the batch through {name!r} ({shape} -> {out}); move it out of the compressed model")
-
-
-def _along(name: str, params: Mapping[str, Any]) -> tuple[int, ...]:
-    """The axes along which an operation combines or moves elements."""
-    if name in ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"):
-        return (params["axis"],)
-    if name in ("sort", "concatenate"):
-        return (params["dimension"],)
-    return tuple(params["dimensions"]) if name == "rev" else ()
-
-
-def _batch_of_dot(eqn: Any, batch: list[int | None]) -> int | None:
-    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
-    side, b = next((n, b) for n, b in enumerate(batch) if b is not None)
-    contract, batched = ((lhs_contract, lhs_batch), (rhs_contract, rhs_batch))[side]
-    if b in contract:
-        return None
-    if b in batched:
-        return tuple(batched).index(b)
-    ranks = [len(v.aval.shape) for v in eqn.invars]
-    taken = ((*lhs_contract, *lhs_batch), (*rhs_contract, *rhs_batch))
-    free = [[d for d in range(rank) if d not in used] for rank, used in zip(ranks, taken, strict=True)]
-    before = len(lhs_batch) + (len(free[0]) if side else 0)
-    return before + free[side].index(b)
 
 
 def live(program: Program, axes: Mapping[int, int | None], outputs: Sequence[int | Const]) -> set[int]:

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr
 
-from pquant_jax.graph._interpret import Const, flatten, inner
+from pquant_jax.graph._interpret import Const, bind, flatten, inner
 from pquant_jax.numerics import reduce_axis
 
+EXACT_BITS = 8  # significant bits up to which a constant is multiplied by as it is; more would be a row of adders
+LARGE = 2.0**13  # numbers beyond are infinities by intention: masks
 STRUCTURE = frozenset(
     "reshape transpose squeeze expand_dims broadcast_in_dim convert_element_type copy stop_gradient slice rev concatenate "
     "optimization_barrier dynamic_slice gather pad reduce_precision".split()
@@ -29,7 +31,9 @@ class Value:
     derived: computed from model state or batch statistics.  affine: (base, scale, offset) if it is base * scale +
     offset with parts that are the same for all samples.  on_grid: itself after its site.  rises: (base, function) if it
     is a nondecreasing function of base, element by element; function takes arrays without the batch axis too.
-    channels: (kernel path, {axis: the kernel's output axis}) if it is a layer's output.
+    channels: (kernel path, {axis: the kernel's output axis}) if it is a layer's output.  site: the site whose grid it is
+    on.  spread: (value, function) if it is a broadcast of a smaller one.  masked: (keep, value) if a mask sends the
+    elements outside of keep to minus infinity.
     """
 
     val: Any
@@ -42,11 +46,28 @@ class Value:
     on_grid: Value | None = field(default=None, repr=False)
     rises: tuple[Value, Callable[[Any], Any]] | None = field(default=None, repr=False)
     channels: tuple[str, dict[int, int]] | None = None
+    site: str | None = None
+    spread: tuple[Value, Callable[[Any], Any]] | None = field(default=None, repr=False)
+    masked: tuple[Value, Value] | None = field(default=None, repr=False)
 
 
-def constant(value: Any) -> Value:
-    """A literal or closed-over constant."""
-    return Value(value, signed=bool(np.any(np.asarray(value) < 0)))
+def constant(value: Any, *, reciprocal: bool = False) -> Value:
+    """A literal or closed-over constant; derived, like what comes from parameters, if hardware has to round it.
+
+    reciprocal: it divides, so its inverse is what hardware multiplies by.
+    """
+    array = np.asarray(value)
+    return Value(value, signed=bool(np.any(array < 0)), derived=_many_bits(array, reciprocal))
+
+
+def _many_bits(array: np.ndarray, reciprocal: bool) -> bool:
+    """More significant bits than a constant of the model itself may have, but a number that a format can hold."""
+    if array.dtype.kind != "f" or not array.size:
+        return False
+    with np.errstate(divide="ignore"):
+        values = 1 / array.astype(np.float64) if reciprocal else array.astype(np.float64)
+    mantissa = np.frexp(values)[0] * 2.0**EXACT_BITS
+    return bool(np.isfinite(values).all() and (np.abs(values) < LARGE).all() and (mantissa != np.rint(mantissa)).any())
 
 
 def is_parameter(v: Value) -> bool:
@@ -63,7 +84,26 @@ def outputs(eqn: Any, ins: Sequence[Value], arrays: Sequence[Any], batch: int | 
     signed = can_be_negative(eqn, [v.signed for v in ins], [v.val for v in ins])
     leaf = _leaf_through(eqn, ins)
     channels = _channels_through(eqn, ins)
-    return [Value(a, batch, signed, leaf, paths, derived, rises=_rises(eqn, ins, batch), channels=channels) for a in arrays]
+    rises = _rises(eqn, ins, batch)
+    made = [Value(a, batch, signed, leaf, paths, derived, rises=rises, channels=channels) for a in arrays]
+    if eqn.primitive.name in STRUCTURE and len(ins) == 1 and batch is not None:
+        _moved(eqn, ins[0], made[0])
+    return made
+
+
+def _moved(eqn: Any, x: Value, y: Value) -> None:
+    """What is on a grid stays on it, and what a mask hides stays hidden, when elements only move."""
+
+    def again(v: Any) -> Any:
+        return bind(eqn, [v])[0]
+
+    if x.on_grid is x:
+        y.on_grid = y
+    if eqn.primitive.name == "broadcast_in_dim":
+        y.spread = (x, again)
+    if x.masked is not None:
+        keep, plain = x.masked
+        y.masked = (Value(again(keep.val), keep.batch), Value(again(plain.val), y.batch, plain.signed, paths=plain.paths))
 
 
 def _channels_through(eqn: Any, ins: Sequence[Value]) -> tuple[str, dict[int, int]] | None:
@@ -114,7 +154,7 @@ def span(v: Value) -> tuple[Any, Any]:
 def can_be_negative(eqn: Any, signed: Sequence[bool], values: Sequence[Any]) -> bool:
     """A sound answer from the signs of the operands; True when in doubt."""
     name = eqn.primitive.name
-    if name in ("exp", "exp2", "logistic", "abs", "square", "sqrt", "rsqrt") or (
+    if name in ("exp", "exp2", "logistic", "abs", "square", "sqrt", "rsqrt", "erfc", "cosh") or (
         name == "integer_pow" and eqn.params["y"] % 2 == 0
     ):
         return False

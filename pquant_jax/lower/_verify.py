@@ -13,6 +13,7 @@ import numpy as np
 from pquant_jax._base import Tree, View
 from pquant_jax._errors import VerifyError
 from pquant_jax.graph import Instrumented
+from pquant_jax.lower._trace import with_tables
 from pquant_jax.lower.emulate import emulate, flatten_batch, port_grid, to_codes, trace_values
 from pquant_jax.lower.ir import Graph, label
 from pquant_jax.lower.ranges import check_exact, check_float32, intervals
@@ -57,6 +58,7 @@ def verify(
       if an accumulator exceeds what float32 (24 bits) or float64 holds exactly.
     """
     say = progress or (lambda name: None)
+    view = with_tables(inst, view, model_state)
     check_exact(graph)
     check_float32(graph)
     inputs = vectors_of(graph, inst, x_test, vectors, seed)
@@ -85,7 +87,11 @@ def verify(
 
 
 def forward_outputs(inst: Instrumented, view: View, model_state: Tree, inputs: Sequence[np.ndarray]) -> np.ndarray:
-    """Outputs of the jitted JAX forward, float64 (N, outputs), in the order of the graph's."""
+    """Outputs of the jitted JAX forward, float64 (N, outputs), in the order of the graph's.
+
+    Tables that the view lacks are built.
+    """
+    view = with_tables(inst, view, model_state)
 
     @jax.jit
     def forward(x: Any) -> Any:

@@ -103,31 +103,44 @@ mlir.register_lowering(lookup_p, mlir.lower_fun(_lookup, multiple_results=False)
 batching.primitive_batchers[lookup_p] = _lookup_batch
 
 
-def build_table(function: Callable[[jax.Array], Any], source: KIF, result: KIF, shape: tuple[int, ...], name: str) -> Table:
-    """The table of `function` from the format `source` to the format `result`, for every element of a site of `shape`.
+def code_grid(source: KIF, shape: tuple[int, ...], name: str) -> np.ndarray:
+    """Every value of the format of a site of `shape`, float64 (entries, *shape), from the lowest code on; NaN behind the last.
 
-    function: float32 (entries, *shape) -> the same, elementwise; called once, eagerly.  Elements that agree in their
-    entries share a row.  NaN becomes 0, infinities the ends of the range.
-    Raises: LoweringError where `source` has more than MAX_TABLE_BITS bits, naming the site.
+    Raises: LoweringError where `source` has more than MAX_TABLE_BITS bits, naming the table.
+
+    >>> from pquant_jax.numerics import kif
+    >>> code_grid(kif(1, 0, 1), (), "tanh").tolist()
+    [-1.0, -0.5, 0.0, 0.5]
     """
-    k, i, f = (np.broadcast_to(np.rint(np.asarray(v, np.float64)), shape) for v in (source.k, source.i, source.f))
+    k, i, f = _whole(source, shape)
     bits = np.maximum(k + i + f, 0).astype(np.int64)
     if bits.max(initial=0) > MAX_TABLE_BITS:
         at = tuple(int(j) for j in np.argwhere(np.atleast_1d(bits) > MAX_TABLE_BITS)[0])
         raise LoweringError(
             f"the table {name!r} has {int(np.atleast_1d(bits)[at])} input bits (element {at}), the limit is {MAX_TABLE_BITS}: "
-            f"a table has 2^bits entries.  Give the site in front of it fewer bits (i + f), or train it with a limit"
+            f"a table has 2^bits entries.  Give the site in front of it fewer bits (i + f)"
         )
-    entries = 1 << int(bits.max(initial=0))
-    number = np.arange(entries, dtype=np.float64).reshape(entries, *(1,) * len(shape))
-    used = number < np.ldexp(1.0, bits)
-    grid = np.where(used, (number - _offset(k, i, f, np)) * np.ldexp(1.0, -f.astype(np.int64)), 0.0)
+    number = np.arange(1 << int(bits.max(initial=0)), dtype=np.float64).reshape(-1, *(1,) * len(shape))
+    return np.where(number < np.ldexp(1.0, bits), (number - _offset(k, i, f, np)) * np.ldexp(1.0, -f.astype(np.int64)), np.nan)
+
+
+def _whole(fmt: KIF, shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    return tuple(np.broadcast_to(np.rint(np.asarray(v, np.float64)), shape) for v in (fmt.k, fmt.i, fmt.f))
+
+
+def build_table(function: Callable[[jax.Array], Any], source: KIF, result: KIF, shape: tuple[int, ...], name: str) -> Table:
+    """The table of `function` from the format `source` to the format `result`, for every element of a site of `shape`.
+
+    function: float32 (entries, *shape) -> the same, elementwise; called once, on `code_grid`.  Elements that agree in
+    their entries share a row.  NaN becomes 0, infinities the ends of the range.
+    Raises: LoweringError where `source` has more than MAX_TABLE_BITS bits, naming the site.
+    """
+    grid = code_grid(source, shape, name)
     values = np.asarray(function(jnp.asarray(grid, jnp.float32)), np.float64)
     values = np.nan_to_num(values, nan=0.0, posinf=_LARGE, neginf=-_LARGE)
-    formats = (np.broadcast_to(np.rint(np.asarray(v, np.float64)), shape) for v in (result.k, result.i, result.f))
-    ko, io, fo = formats
-    codes = oracle.quantize_codes(values, ko, io, fo, rounding=result.rounding, overflow=result.overflow)
-    rows = np.where(used, codes, 0).reshape(entries, -1).T
-    rows = np.concatenate([rows, fo.reshape(-1, 1)], axis=1).astype(np.int32)
+    k, i, f = _whole(result, shape)
+    codes = oracle.quantize_codes(values, k, i, f, rounding=result.rounding, overflow=result.overflow)
+    rows = np.where(np.isnan(grid), 0, codes).reshape(len(grid), -1).T
+    rows = np.concatenate([rows, f.reshape(-1, 1)], axis=1).astype(np.int32)
     unique, which = np.unique(rows, axis=0, return_inverse=True)
     return Table(unique[:, :-1], unique[:, -1], which.reshape(shape).astype(np.int32))

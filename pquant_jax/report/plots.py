@@ -8,6 +8,7 @@ from typing import Any
 from pquant_jax.report._bits import bit_widths, kernel_bits, out_of_range, ranges
 from pquant_jax.report._curves import confusion, history, regression, roc, roc_curve
 from pquant_jax.report._patterns import pattern_histogram, pattern_kernels
+from pquant_jax.report._scan import scan_differences, scan_layers, scan_lines, scan_map, scan_response
 from pquant_jax.report._types import Profile
 
 __all__ = [
@@ -22,6 +23,11 @@ __all__ = [
     "regression",
     "roc",
     "roc_curve",
+    "scan_differences",
+    "scan_layers",
+    "scan_lines",
+    "scan_map",
+    "scan_response",
     "standard",
 ]
 

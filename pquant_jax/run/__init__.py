@@ -5,5 +5,19 @@ from pquant_jax.run._predict import predict
 from pquant_jax.run._report import write_report
 from pquant_jax.run._run import lower, resume, run, verify
 from pquant_jax.run._signals import Stopped
+from pquant_jax.run._sites import explain, template
 
-__all__ = ["Check", "Stopped", "checks", "lower", "predict", "resume", "run", "skips", "verify", "write_report"]
+__all__ = [
+    "Check",
+    "Stopped",
+    "checks",
+    "explain",
+    "lower",
+    "predict",
+    "resume",
+    "run",
+    "skips",
+    "template",
+    "verify",
+    "write_report",
+]

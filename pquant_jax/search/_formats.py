@@ -48,7 +48,7 @@ def fitted(spec: SiteSpec, span: tuple[float, float], width: int, limit: float |
     i and f may be negative.  limit: of the absolute value; beyond it the format saturates.
 
     >>> fitted(SiteSpec((4,), "kernel"), (-0.2, 0.3), 6)
-    Format(i=-1.0, f=6.0, k=1, rounding='RND', overflow='SAT', granularity='tensor')
+    Format(i=-1.0, f=6.0, k=1, rounding='RND', overflow='SAT', granularity='tensor', trainable=True)
     """
     reach = np.inf if limit is None else limit
     low, high = (np.clip(np.float32(v), -reach, reach) for v in span)

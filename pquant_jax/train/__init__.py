@@ -1,7 +1,8 @@
 """Level 5: the trainer."""
 
+from pquant_jax.train._calibrate import calibrate
 from pquant_jax.train._final import finalize, load_final, save_final
-from pquant_jax.train._fit import Result, calibrate, fit
+from pquant_jax.train._fit import Result, fit
 from pquant_jax.train._losses import Metric, absolute_error, accuracy, average, cross_entropy, mae, mse, squared_error
 from pquant_jax.train._plan import Plan, Slot, schedule
 from pquant_jax.train._step import (

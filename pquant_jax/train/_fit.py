@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from pquant_jax._base import Event, Stage, Transform, Tree, View
 from pquant_jax._errors import DataError, TrainingError
 from pquant_jax.graph import Instrumented
 from pquant_jax.train import _checkpoint
+from pquant_jax.train._calibrate import calibrate, view_of
 from pquant_jax.train._losses import Metric, accuracy, cross_entropy
 from pquant_jax.train._plan import Plan, Slot, opening, schedule
 from pquant_jax.train._step import (
@@ -31,7 +31,7 @@ from pquant_jax.train._step import (
     make_step,
     permutation,
 )
-from pquant_jax.transforms import CompressionState, as_optax, boundary, identity, optimizer as partitioned, state_of
+from pquant_jax.transforms import CompressionState, as_optax, boundary, identity, optimizer as partitioned
 
 Record = dict[str, Any]
 Callback = Callable[[Record, TrainState], "bool | None"]
@@ -276,44 +276,3 @@ def _batches(inst: Instrumented, data: Any, batch_size: int) -> tuple[Batch, Bat
 def _on_device(inst: Instrumented, split: Any) -> tuple[Any, Any, Any]:
     weight = None if split.weight is None else jnp.asarray(split.weight, jnp.float32)
     return jax.tree.map(jnp.asarray, inst.encode(split.x)), jax.tree.map(jnp.asarray, split.y), weight
-
-
-def calibrate(inst: Instrumented, compression: Transform, state: TrainState, inputs: Sequence[Any]) -> TrainState:
-    """Give every tracked range exactly the integer bits and sign that `inputs` need, in inference mode.
-
-    inputs: arrays (or trees) of samples on the input ports; what lies outside their ranges wraps.
-    A site without any bit passes 0 on, so waking it changes what later sites see: the ranges are measured until they
-    stay, which takes at most as many passes as there are sites, and usually two.
-    """
-    if "range" not in compression.needs:
-        return state
-
-    @jax.jit
-    def ranges(state: TrainState, x: Any) -> Any:
-        return inst.capture(view_of(compression, state), state.model_state, x, train=False, wrap=False)[2]["range"]
-
-    @jax.jit
-    def told(state: TrainState, merged: dict[str, Any]) -> TrainState:
-        params, opt_state = boundary(
-            compression, state.params, state.opt_state, event=Event.CALIBRATE, stage=Stage.FINETUNE, stats={"range": merged}
-        )
-        return state._replace(params=params, opt_state=opt_state)
-
-    before = None
-    for _ in inst.sites:
-        found = jax.device_get([ranges(state, x) for x in inputs])
-        merged = {name: _union([r[name] for r in found]) for name in found[0]}
-        if before is not None and all(np.array_equal(merged[name], before[name]) for name in merged):
-            break
-        state, before = told(state, merged), merged
-    return state
-
-
-def _union(ranges: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    lows, highs = zip(*ranges, strict=True)
-    return functools.reduce(np.minimum, lows), functools.reduce(np.maximum, highs)
-
-
-def view_of(compression: Transform, state: TrainState) -> View:
-    """What the forward of a training state sees."""
-    return compression.apply(state.params, state_of(state.opt_state))[0]

@@ -76,7 +76,8 @@ def chain(*transforms: Transform) -> Transform:
         return Params(model, {name: tree for t in transforms for name, tree in t.labels(params).extra.items()})
 
     needs = frozenset().union(*(t.needs for t in transforms))
-    return Transform(f"chain({', '.join(names)})", attach, init, apply, step, boundary, penalty, labels, needs)
+    formats = {site: choice for t in transforms for site, choice in t.formats.items()}
+    return Transform(f"chain({', '.join(names)})", attach, init, apply, step, boundary, penalty, labels, needs, formats)
 
 
 @jax.custom_vjp

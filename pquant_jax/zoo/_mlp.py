@@ -48,3 +48,15 @@ def mlp(hidden: Sequence[int] = (64, 32, 32), outputs: int = 5, *, batch_norm: b
             f"mlp: hidden is {hidden!r} and outputs {outputs!r}, expected a list of positive whole numbers, and one"
         )
     return MLP(tuple(hidden), outputs, batch_norm, residual)
+
+
+def particle_mlp(outputs: int = 5, hidden: Sequence[int] = (64, 64, 64, 64)) -> MLP:
+    """The dense network on flattened particles, 96-64-64-64-64-5 for 32 particles of 3 features.
+
+    Its task is that of Duarte et al., arXiv:1804.06913, on constituents instead of features; ports and outputs of 16 bits.
+    Takes x (n, particles, features).  Raises: ConfigError for a width that is no positive whole number.
+
+    >>> particle_mlp().hidden
+    (64, 64, 64, 64)
+    """
+    return mlp(hidden, outputs)

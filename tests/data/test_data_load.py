@@ -134,7 +134,7 @@ def test_load_says_what_is_wrong_with_a_function(module, name, error, message):
     [
         ("jests", ConfigError, "did you mean 'jets'"),
         ("openml:jest", ConfigError, "did you mean 'openml:jets'"),
-        ("", ConfigError, "expected 'jets', 'openml:jets', a path that ends in .npz"),
+        ("", ConfigError, "expected 'jets', 'openml:jets', .* a path that ends in .npz or .csv"),
         ("no_such_module_here:f", ConfigError, "can't be imported: No module named 'no_such_module_here'; install it"),
         ("missing.npz", DataError, "data file 'missing.npz' does not exist"),
     ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,10 +21,18 @@ class Circuit(NamedTuple):
     solver_options: Any
 
 
-def variables(graph: Graph, known: Sequence[Interval], circuit: Circuit) -> list[np.ndarray]:
-    """Per node an object array of its shape that holds da4ml variables and, for constants, floats."""
+def variables(
+    graph: Graph, known: Sequence[Interval], circuit: Circuit, ports: Mapping[int, np.ndarray] | None = None
+) -> list[np.ndarray]:
+    """Per node an object array of its shape that holds da4ml variables and, for constants, floats.
+
+    `ports` holds the values of input nodes that are there already.
+    """
     values: list[np.ndarray] = []
     for index, (node, own) in enumerate(zip(graph.nodes, known, strict=True)):
+        if ports and index in ports:
+            values.append(ports[index])
+            continue
         constant = own.low == own.high
         if constant.all() and node.op != "input":
             values.append(own.low.astype(object))
@@ -42,7 +50,7 @@ def _operation(node: Node, ins: list[np.ndarray], ranges: list[Interval], circui
     if op == "input":
         return _port(node, circuit)
     if op == "quantize":
-        return _quantize_array(node, ins[0], ranges[0])
+        return quantize_array(node, ins[0], ranges[0])
     if op == "table":
         return _table_array(node, ins[0], ranges[0])
     if op == "take":
@@ -54,12 +62,13 @@ def _operation(node: Node, ins: list[np.ndarray], ranges: list[Interval], circui
         return _dot(ins[0], ins[1], circuit)
     if op in ("sum", "amax", "amin"):
         scalar = {"sum": ops.add, "amax": ops.maximum, "amin": ops.minimum}[op]
-        return _objects([ops.reduce_tree(scalar, row) for row in ins[0]], node.shape)
+        return objects([ops.reduce_tree(scalar, row) for row in ins[0]], node.shape)
     scalar = ops.SCALAR[op]
-    return _objects([scalar(*operands) for operands in zip(*(v.ravel() for v in ins), strict=True)], node.shape)
+    return objects([scalar(*operands) for operands in zip(*(v.ravel() for v in ins), strict=True)], node.shape)
 
 
-def _objects(items: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
+def objects(items: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
+    """Variables, those that can hold one value only as floats, in an object array."""
     out = np.empty(len(items), object)
     out[:] = [ops.fold(v) for v in items]
     return out.reshape(shape)
@@ -104,7 +113,7 @@ def _dot(a: np.ndarray, c: np.ndarray, circuit: Circuit) -> np.ndarray:
     return out
 
 
-def _quantize_array(node: Node, x: np.ndarray, known: Interval) -> np.ndarray:
+def quantize_array(node: Node, x: np.ndarray, known: Interval) -> np.ndarray:
     """Per element; a mode that can't act on the element's interval is replaced by the cheapest (TRN, WRAP)."""
     rounds, overflows = quantize_acts(node, known)
     k, i, f = (np.asarray(node.attrs[a]).astype(np.int64).ravel().tolist() for a in "kif")
@@ -119,7 +128,7 @@ def _quantize_array(node: Node, x: np.ndarray, known: Interval) -> np.ndarray:
         if rounds.ravel()[j]:
             v = ops.round_to(v, f[j], int(known.f.ravel()[j]), rounding)
         out.append(ops.clip(v, k[j], i[j], f[j], overflow if overflows.ravel()[j] else "WRAP"))
-    return _objects(out, node.shape)
+    return objects(out, node.shape)
 
 
 def _table_array(node: Node, x: np.ndarray, known: Interval) -> np.ndarray:
@@ -136,4 +145,4 @@ def _table_array(node: Node, x: np.ndarray, known: Interval) -> np.ndarray:
             return np.ldexp(row[np.ldexp(points, grid).astype(np.int64) + zero].astype(np.float64), scale)
 
         out.append(ops.lookup(v, read, low[j], high[j], fx[j]))
-    return _objects(out, node.shape)
+    return objects(out, node.shape)

@@ -1,4 +1,4 @@
-"""`Graph` -> da4ml netlist -> Verilog or VHDL.  Only this folder imports da4ml, inside functions: it is optional.
+"""`Graph` -> da4ml netlist -> Verilog or VHDL.  Only this folder and `lower._plugin` import da4ml, in functions.
 
 Every scalar of the graph becomes a da4ml variable or, where `ranges.intervals` proves it constant, a Python float; the
 operators on them are in `_scalars`.  All rounding and overflow modes are exact: da4ml offers TRN and RND with WRAP, SAT
@@ -140,19 +140,24 @@ def to_comb(
     from da4ml.trace.fixed_variable import HWConfig
 
     circuit = Circuit(HWConfig(*map(int, hwconf[:2]), latency_cutoff=hwconf[2]), solver_options)
-    with _exact_da4ml("tracing"):
+    with exact_da4ml("tracing"):
         values = variables(graph, known, circuit)
         ports = [v for j in graph.inputs for v in values[j].ravel()]
         outputs = [variable(v, circuit) for j in graph.outputs for v in values[j].ravel()]
         comb = comb_trace([variable(v, circuit) for v in ports], outputs)
-    _check_alignment(comb)
+    check_constants_kept(comb)
+    return comb
+
+
+def check_constants_kept(comb: CombLogic) -> None:
+    """Constants are stored relative to the power of two that their neighbour carries, and may lose bits on either side."""
     rounded = [op.qint.min for op in comb.ops if op.opcode == 5 and op.data * op.qint.step != op.qint.min]
-    if rounded:  # constants are stored relative to the power of two that their neighbour carries
+    if rounded:
         raise LoweringError(
             f"da4ml would round {len(rounded)} constants, such as {rounded[0]!r}: it stores {MAX_FRACTION + 1} fractional bits; "
             "use fewer fractional bits in the quantizers whose bounds or kernels these are"
         )
-    return comb
+    _check_alignment(comb)
 
 
 def _check_alignment(comb: CombLogic) -> None:
@@ -174,7 +179,7 @@ def _check_alignment(comb: CombLogic) -> None:
 
 
 @contextmanager
-def _exact_da4ml(doing: str) -> Iterator[None]:
+def exact_da4ml(doing: str) -> Iterator[None]:
     """da4ml signals every limit with an assertion: say which one it is."""
     try:
         with decimal.localcontext() as context:
@@ -242,7 +247,7 @@ def write_rtl(
 
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        with _exact_da4ml("writing RTL"):
+        with exact_da4ml("writing RTL"):
             pipe = to_pipeline(comb, latency_cutoff, verbose=False) if latency_cutoff > 0 else None
             model = RTLModel(pipe or comb, name, partial, flavor=flavor, print_latency=False)
             model.write()
