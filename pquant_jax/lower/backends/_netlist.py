@@ -26,7 +26,7 @@ def variables(
 ) -> list[np.ndarray]:
     """Per node an object array of its shape that holds da4ml variables and, for constants, floats.
 
-    ports: {input node: variables that exist already}; the others are made.
+    `ports` holds the values of input nodes that are there already.
     """
     values: list[np.ndarray] = []
     for index, (node, own) in enumerate(zip(graph.nodes, known, strict=True)):
@@ -50,7 +50,7 @@ def _operation(node: Node, ins: list[np.ndarray], ranges: list[Interval], circui
     if op == "input":
         return _port(node, circuit)
     if op == "quantize":
-        return quantized(node, ins[0], ranges[0])
+        return quantize_array(node, ins[0], ranges[0])
     if op == "table":
         return _table_array(node, ins[0], ranges[0])
     if op == "take":
@@ -68,6 +68,7 @@ def _operation(node: Node, ins: list[np.ndarray], ranges: list[Interval], circui
 
 
 def objects(items: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
+    """Variables, those that can hold one value only as floats, in an object array."""
     out = np.empty(len(items), object)
     out[:] = [ops.fold(v) for v in items]
     return out.reshape(shape)
@@ -112,7 +113,7 @@ def _dot(a: np.ndarray, c: np.ndarray, circuit: Circuit) -> np.ndarray:
     return out
 
 
-def quantized(node: Node, x: np.ndarray, known: Interval) -> np.ndarray:
+def quantize_array(node: Node, x: np.ndarray, known: Interval) -> np.ndarray:
     """Per element; a mode that can't act on the element's interval is replaced by the cheapest (TRN, WRAP)."""
     rounds, overflows = quantize_acts(node, known)
     k, i, f = (np.asarray(node.attrs[a]).astype(np.int64).ravel().tolist() for a in "kif")

@@ -1,4 +1,4 @@
-"""`Graph` -> da4ml netlist -> Verilog or VHDL.  Only this folder and `lower._plugin` import da4ml, inside functions.
+"""`Graph` -> da4ml netlist -> Verilog or VHDL.  Only this folder and `lower._plugin` import da4ml, in functions.
 
 Every scalar of the graph becomes a da4ml variable or, where `ranges.intervals` proves it constant, a Python float; the
 operators on them are in `_scalars`.  All rounding and overflow modes are exact: da4ml offers TRN and RND with WRAP, SAT
@@ -145,19 +145,19 @@ def to_comb(
         ports = [v for j in graph.inputs for v in values[j].ravel()]
         outputs = [variable(v, circuit) for j in graph.outputs for v in values[j].ravel()]
         comb = comb_trace([variable(v, circuit) for v in ports], outputs)
-    check_constants(comb)
+    check_constants_kept(comb)
     return comb
 
 
-def check_constants(comb: CombLogic) -> None:
-    """Raise `LoweringError` where da4ml's encoding of a netlist moved or rounded a constant."""
-    _check_alignment(comb)
+def check_constants_kept(comb: CombLogic) -> None:
+    """Constants are stored relative to the power of two that their neighbour carries, and may lose bits on either side."""
     rounded = [op.qint.min for op in comb.ops if op.opcode == 5 and op.data * op.qint.step != op.qint.min]
-    if rounded:  # a constant is stored relative to the power of two that its neighbour carries
+    if rounded:
         raise LoweringError(
             f"da4ml would round {len(rounded)} constants, such as {rounded[0]!r}: it stores {MAX_FRACTION + 1} fractional bits; "
             "use fewer fractional bits in the quantizers whose bounds or kernels these are"
         )
+    _check_alignment(comb)
 
 
 def _check_alignment(comb: CombLogic) -> None:
