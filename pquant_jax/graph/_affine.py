@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 
 from pquant_jax.graph._sites import Run, at_site, home, input_name, joined, parameter, record_active
 from pquant_jax.graph._values import Value, is_parameter, prefix
@@ -25,6 +26,9 @@ def affine(run: Run, name: str, ins: list[Value], original: Any) -> Value | None
         if jnp.ndim(x.val) != len(shape):
             return None
         x = _broadcast(plain(run, x), shape)
+    batch = x.batch
+    assert batch is not None  # for the type checker
+    c = _of_one_sample(c, batch, shape)
     base, scale, offset = x.affine if x.affine is not None else (x, None, None)
     if name == "add":
         offset = c if offset is None else _combine(jnp.add, offset, c)
@@ -48,6 +52,14 @@ def _broadcast(x: Value, shape: tuple[int, ...]) -> Value:
     if x.on_grid is not None:
         made.on_grid = made if x.on_grid is x else _broadcast(x.on_grid, shape)
     return made
+
+
+def _of_one_sample(c: Value, batch: int, shape: tuple[int, ...]) -> Value:
+    """What was broadcast to all samples, once: its site has the same shape for every batch."""
+    own = tuple(jnp.shape(c.val))
+    if c.leaf is not None or len(own) != len(shape) or own[batch] == 1:
+        return c
+    return Value(lax.slice_in_dim(jnp.asarray(c.val), 0, 1, axis=batch), signed=c.signed, paths=c.paths, derived=c.derived)
 
 
 def _combine(function: Callable, *parts: Value) -> Value:

@@ -121,6 +121,10 @@ def unroll(eqn: Any, known: Callable[[int], Any]) -> Unrolled | None:
     if name == "cond" and (index := known(0)) is not None:
         branches = eqn.params["branches"]
         return Unrolled(branches[int(np.clip(index, 0, len(branches) - 1))], tuple(range(1, len(eqn.invars))))
+    if name == "stack":  # of jnp.stack, as what every interpreter knows
+        axis = eqn.params["axis"]
+        joined = jax.make_jaxpr(lambda *v: [lax.concatenate([lax.expand_dims(x, (axis,)) for x in v], axis)])(*_avals(eqn))
+        return Unrolled(joined, tuple(range(len(eqn.invars))))
     return _while(eqn, known) if name == "while" else None
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr
 
-from pquant_jax.graph._interpret import ELEMENTWISE, Const, Program, Step, bind, flatten, inner
+from pquant_jax.graph._interpret import ELEMENTWISE, PRODUCTS, Const, Program, Step, bind, flatten, inner
 
 TRANSCENDENTAL: Final = frozenset(
     "tanh logistic exp exp2 log log1p expm1 sqrt rsqrt cbrt erf erfc erf_inv sin cos tan asin acos atan sinh cosh asinh acosh "
@@ -24,6 +24,7 @@ TRANSCENDENTAL: Final = frozenset(
 _CLOSED: Final = frozenset({"quantize", "mask", "site", "lookup"})
 _UNARY: Final = (ELEMENTWISE | TRANSCENDENTAL) - _CLOSED
 _WITHIN: Final = frozenset({"broadcast_in_dim", "shift_left", "bitcast_convert_type"})  # in calls; the last two: powers of two
+_ZERO_AT_ZERO: Final = PRODUCTS | {"mul"}  # the state that a recurrence starts from
 _FOLDABLE: Final = 1 << 22  # elements; a larger constant stays an equation
 
 
@@ -66,7 +67,7 @@ def plan(program: Program, axes: Mapping[int, int | None], alive: set[int], rand
 
     axes: where the batch is in every value.  alive: slots that reach an output through data.  random: slots of the keys.
     """
-    known = _constants(program)
+    known = folded(program)
     readers = _readers(program, axes, alive)
     cuts: set[int] = set()
     while True:
@@ -184,13 +185,17 @@ def _short(step: Step) -> str:
     return str({"logistic": "sigmoid", "div": "reciprocal", "integer_pow": "reciprocal"}.get(name, name))
 
 
-def _constants(program: Program) -> dict[int, np.ndarray]:
-    """Values of everything that is made of constants alone, computed at once."""
+def folded(program: Program) -> dict[int, np.ndarray]:
+    """Values of everything that is made of constants alone, computed at once, and of products with nothing but zeros."""
     known: dict[int, np.ndarray] = {}
     with jax.ensure_compile_time_eval():
         for step in program.steps:
             sizes = [int(np.prod(v.aval.shape)) for v in step.eqn.outvars if hasattr(v.aval, "shape")]
-            if not all(isinstance(v, Const) or v in known for v in step.ins) or max(sizes, default=0) > _FOLDABLE:
+            if max(sizes, default=0) > _FOLDABLE:
+                continue
+            if step.eqn.primitive.name in _ZERO_AT_ZERO and any(_zeros(v, known) for v in step.ins):
+                known[step.outs[0]] = np.zeros(step.eqn.outvars[0].aval.shape, step.eqn.outvars[0].aval.dtype)
+            if not all(isinstance(v, Const) or v in known for v in step.ins):
                 continue
             plain = all(isinstance(v.aval.dtype, np.dtype) for v in (*step.eqn.invars, *step.eqn.outvars))
             if not plain or step.eqn.effects or inner(step.eqn) is not None or step.eqn.primitive.name.startswith("threefry"):
@@ -201,6 +206,13 @@ def _constants(program: Program) -> dict[int, np.ndarray]:
             arrays = [jnp.asarray(v, var.aval.dtype) for v, var in zip(values, step.eqn.invars, strict=True)]
             known.update(zip(step.outs, map(np.asarray, bind(step.eqn, arrays)), strict=True))
     return known
+
+
+def _zeros(v: int | Const, known: Mapping[int, np.ndarray]) -> bool:
+    value = v.value if isinstance(v, Const) else known.get(v)
+    if value is None or isinstance(value, Tracer) or not np.size(value):
+        return False
+    return np.asarray(value).dtype.kind == "f" and not np.any(value)
 
 
 def _dropout(program: Program, random: Sequence[int]) -> frozenset[int]:

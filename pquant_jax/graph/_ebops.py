@@ -17,6 +17,7 @@ from pquant_jax import _tree
 from pquant_jax._base import KIF, SiteSpec, Tree, View
 from pquant_jax._errors import TraceError, did_you_mean
 from pquant_jax.graph import _costs
+from pquant_jax.graph._cones import folded
 from pquant_jax.graph._costs import Total
 from pquant_jax.graph._interpret import PRODUCTS, Const, Step, bind, contains_product, flatten, nested
 from pquant_jax.graph._values import STRUCTURE
@@ -149,7 +150,11 @@ def _count(
     program = flatten(jax.make_jaxpr(function)(*args), lambda eqn: region_name(eqn) is not None)
     run = _Run(Total(), compat, dict(parallel or {}), frozenset(sites))
     env: dict[int, _Bits] = dict(zip(program.inputs, values, strict=True))
+    constants = folded(program)
+    env.update((slot, _Bits(value)) for slot, value in constants.items())
     for step in program.steps:
+        if step.outs and all(s in constants for s in step.outs):
+            continue
         ins = [_Bits(v.value) if isinstance(v, Const) else env[v] for v in step.ins]
         _check_loop(step.eqn, ins)
         outs = bind(step.eqn, [v.val for v in ins])
@@ -276,10 +281,15 @@ def _bind_as(eqn: Any, w: Any, rest: Sequence[Any]) -> list[Any]:
     return [w] if eqn.primitive.name == "convert_element_type" else bind(eqn, [w, *(jnp.asarray(v) for v in rest)])
 
 
+def _uniform(value: Any) -> bool:
+    """One number, as often as it is wanted."""
+    return jnp.ndim(value) == 0 or (isinstance(value, np.ndarray) and bool(np.all(value == value.flat[0])))
+
+
 def _product(run: _Run, eqn: Any, ins: list[_Bits], out: _Bits) -> None:
     name = eqn.primitive.name
     if name in ("mul", "div"):
-        scalar = [n for n, v in enumerate(ins) if not v.data and v.bits is None and jnp.ndim(v.val) == 0]
+        scalar = [n for n, v in enumerate(ins) if not v.data and v.bits is None and _uniform(v.val)]
         if scalar and (name == "mul" or scalar[0] == 1):
             # a scalar constant: a shift, or one constant multiplier that the lowering lints
             kept = ins[1 - scalar[0]]

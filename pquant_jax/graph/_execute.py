@@ -67,8 +67,10 @@ def execute(
     found = plan(program, axes, alive, program.inputs[keys:])
     env: dict[int, Value] = dict(zip(program.inputs, args, strict=True))
     for n, step in enumerate(program.steps):
+        if step.outs and all(s in found.known for s in step.outs):
+            continue
         ins = [_read(v, step, found, env) for v in step.ins]
-        batch = axes[step.outs[0]] if step.outs else None
+        batch = axes[step.outs[0]] if step.outs and any(v.batch is not None for v in ins) else None
         run.scope = module_of(step.scope)
         live_here = any(s in alive for s in step.outs)
         env.update(zip(step.outs, _rule(run, found, program, n, ins, batch, live_here, env), strict=True))
