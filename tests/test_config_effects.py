@@ -68,9 +68,11 @@ def _compression(experiment, prepared, **_):
 
 
 def _every_kind(experiment, prepared, **_):
-    """The quantizer of a model that has tables and outputs with a format of their own."""
+    """What a quantizer does at every site of a model that has tables and outputs with a format of their own."""
     more = {kind: pq.SiteSpec((3,), kind) for kind in ("table", "output")}
-    return _compression(experiment, prepared._replace(inst=prepared.inst._replace(sites={**prepared.inst.sites, **more})))
+    inst = prepared.inst._replace(sites={**prepared.inst.sites, **more})
+    made = config.quantizer(experiment.quantization.model_dump(), inst)
+    return [(name, choice.format, choice.moves) for name, choice in made.formats.items()]
 
 
 def _plainly(value: Any) -> Any:
@@ -336,21 +338,30 @@ def _formats_table() -> dict[str, tuple[Any, Any, list[str]]]:
         method = _tag(section)
         for name in (n for n in SECTIONS if n in section.model_fields):
             bits = _sections(section.model_fields[name].annotation)[0]
-            wraps = name == "tables" or method != "hgq"
-            values = {**FORMAT, "overflow": "WRAP" if wraps else "SAT", "granularity": [0] if name == "weights" else "tensor"}
-            values |= {"i": 3, "granularity": "element"} if name == "tables" else {}
-            table |= {
-                f"quantization.{method}.{name}.{key}": (
-                    values[key],
-                    _every_kind,
-                    [f"quantization={json.dumps({'method': method})}"],
-                )
-                for key in bits.model_fields
-            }
+            default = config.parse({"quantization": {"method": method, name: {}}}).quantization
+            given = getattr(default, name)
+            values = {**FORMAT, "i": 9, "overflow": "SAT" if given.overflow == "WRAP" else "WRAP"}
+            values["granularity"] = [0] if given.granularity == "tensor" else "tensor"
+            setting = [f"quantization={json.dumps({'method': method})}"]
+            table |= {f"quantization.{method}.{name}.{key}": (values[key], _every_kind, setting) for key in bits.model_fields}
         setting = [f"quantization={json.dumps({'method': method, 'rules': [RULE]})}"]
         values = {**FORMAT, "where": "Dense_1/.*", "kind": "input", "overflow": "SAT" if method == "hgq" else "WRAP"}
         rule = _sections(section.model_fields["rules"].annotation)[0]
-        table |= {f"quantization.{method}.rules.{key}": (values[key], _compression, setting) for key in rule.model_fields}
+        table |= {f"quantization.{method}.rules.{key}": (values[key], _every_kind, setting) for key in rule.model_fields}
+    return table
+
+
+def _quantizers_table() -> dict[str, tuple[Any, Any, list[str]]]:
+    """Every other key of the quantizers but hgq."""
+    values = {"decay": 0.5, "compat": "pquantml", "granularity": "tensor", "clip": 2, "threshold": 0.3}
+    values |= {"m": 1, "e": 4, "e0": 2, "beta": 0.5, "freeze": False}
+    table: dict[str, tuple[Any, Any, list[str]]] = {}
+    for section in _sections(_quantizers.Quantization):
+        method = _tag(section)
+        for key in sorted(section.model_fields.keys() & values.keys()) if method != "hgq" else ():
+            theirs = key == "compat" and method == "minifloat"  # HGQ2's differ where there is no mantissa
+            setting = [f"quantization={json.dumps({'method': method, **({'m': -1} if theirs else {})})}"]
+            table[f"quantization.{method}.{key}"] = ("hgq2" if theirs else values[key], _compression, setting)
     return table
 
 
@@ -408,6 +419,7 @@ EFFECTS: dict[str, tuple[Any, Any, list[str]]] = {
     "quantization.hgq.decay": (0.5, _compression, []),
     "quantization.hgq.freeze": (False, _compression, []),
     **_formats_table(),
+    **_quantizers_table(),
     "order": ("quantize_then_prune", _compression, []),
     "hardware.lower": (False, _skipped, []),
     "hardware.latency_cutoff": (9, _rtl, []),

@@ -15,12 +15,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from pquant_jax import prune
+from pquant_jax import prune, quantize
 from pquant_jax._base import AxisRole, Event, Params, SiteSpec, Stage, State, Transform, View
 from pquant_jax.constrain import mdmm, metrics, patterns
 from pquant_jax.numerics import total_bits
 from pquant_jax.prune import NM, Block, Cross, ap, autosparse, cs, dst, frozen, magnitude, pdp, wanda
-from pquant_jax.quantize import Format, fixed, hgq
+from pquant_jax.quantize import Format, dynamic, fixed, hgq, minifloat
 from pquant_jax.transforms import chain, identity, masked, named, with_hyper
 
 SITES = {
@@ -76,9 +76,17 @@ def least(factory: Callable[..., Transform]) -> Callable[[], Transform]:
     return functools.partial(factory, **{p.name: needed[p.name] for p in parameters if p.default is p.empty})
 
 
+def widths(view: View) -> jax.Array:
+    """Bits of the kernels alone."""
+    kernels = [view.sites[f"{n}/kernel"] for n in "ab" if f"{n}/kernel" in view.sites]
+    return sum((jnp.sum(total_bits(fmt)) for fmt in kernels), jnp.zeros((), jnp.float32))
+
+
+QUANTIZERS = {n: f for n, f in vars(quantize).items() if inspect.isfunction(f) and f.__annotations__.get("return") == "Transform"}
 PRUNING = {name: f for name, f in vars(prune).items() if inspect.isfunction(f) and f.__annotations__["return"] == "Transform"}
 METHODS: dict[str, Callable[[], Transform]] = {
     **{name: least(factory) for name, factory in PRUNING.items()},
+    **{name: functools.partial(factory, SITES) for name, factory in QUANTIZERS.items() if name != "hgq"},
     "identity": identity,
     "autosparse": lambda: autosparse(threshold_init=-1.0),
     "autosparse weight": lambda: autosparse(granularity="weight", backward_sparsity=0.5, target=0.5, roles=ROLES),
@@ -112,6 +120,8 @@ METHODS: dict[str, Callable[[], Transform]] = {
     "mdmm, groups": lambda: mdmm(metrics.group_sparsity("out", epsilon=0.5, roles=ROLES), kind="==", target=0.4, damping=0.5),
     "mdmm, patterns": few_patterns,
     "mdmm of the reference": lambda: constrained(compat="pquantml", kind="=="),
+    "dynamic": lambda: dynamic(SITES, weights=Format(k=1, i=0, f=3, granularity="channel"), decay=0.1),
+    "minifloat": lambda: minifloat(SITES, m=2.0, beta=1e-3, cost=widths),
     "fixed": formats,
     "hgq SAT": lambda: trained("SAT", "SAT"),
     "hgq SAT_SYM": lambda: trained("SAT_SYM", "SAT_SYM"),

@@ -9,6 +9,7 @@ from typing import Any
 from pquant_jax import _tree, constrain, quantize, transforms
 from pquant_jax._base import SiteSpec, Transform
 from pquant_jax._errors import ConfigError, did_you_mean
+from pquant_jax.config._beta import beta_value
 from pquant_jax.config._build import loss
 from pquant_jax.config._load import parse, read_yaml
 from pquant_jax.config._methods import METHODS, METRICS, SEARCHES, Block, Constraint, Groups, Section, arguments_of
@@ -138,6 +139,7 @@ def _quantization(section: Any, inst: Instrumented) -> Transform | None:
     factory = getattr(quantize, section.method)
     formats = {name: format_of(bits) for name in formats_of(section.method) if (bits := getattr(section, name)) is not None}
     given = section.model_dump(exclude={"method", "rules", *formats_of(section.method)})
+    given |= {"beta": beta_value(given["beta"])} if "beta" in given else {}
     offered = {"cost": inst.ebops} if "cost" in inspect.signature(factory).parameters else {}
     return factory(inst.sites, rules=_rules(section, inst.sites), **formats, **given, **offered)
 

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from pquant_jax import quantize
-from pquant_jax.config._fields import Float, NotNegative, Section, Sign, Where, whole
+from pquant_jax.config._beta import BetaValue
+from pquant_jax.config._fields import Float, NotNegative, Positive, Section, Sign, Where, number, whole
 
 ROUNDINGS = Literal["TRN", "RND", "RND_CONV", "TRN_ZERO", "RND_ZERO", "RND_MIN_INF", "RND_INF"]
 OVERFLOWS = Literal["SAT", "SAT_SYM", "WRAP", "WRAP_SM"]
@@ -122,8 +123,8 @@ class HGQ(Section):
     """Bit-widths trained by gradient, per element, under the pressure of beta x EBOPs."""
 
     method: Literal["hgq"] = "hgq"
-    beta: NotNegative = 1e-5
-    """Penalty per EBOP at the start of the training stage."""
+    beta: BetaValue = 1e-5
+    """Penalty per EBOP at the start of the training stage; or pieces [[epoch, beta, linear], ...], or {target: EBOPs}."""
     beta_end: NotNegative | None = None
     """Penalty per EBOP at its end, reached geometrically; null: as beta."""
     gamma: NotNegative | None = None
@@ -209,4 +210,72 @@ class Dynamic(Section):
         return _completed("dynamic", MovingBits, data)
 
 
-Quantization = Annotated[HGQ | Fixed | Dynamic, Field(discriminator="method")]
+class Binary(Section):
+    """Kernels of two values, +s and -s, with a power of two s; the rest in fixed formats."""
+
+    method: Literal["binary"] = "binary"
+    granularity: Axes = "channel"
+    """Which weights share s: element, channel, tensor, or the axes that share one, such as [0]."""
+    clip: Positive = 3.0
+    """The gradient passes to weights up to clip * s."""
+    biases: Bits = _bits("binary", "biases", Bits)
+    """Format of biases and fused scales."""
+    activations: Bits = _bits("binary", "activations", Bits)
+    """Format of what enters a layer."""
+    tables: Bits = _bits("binary", "tables", Bits)
+    """Of what a table gives: tanh, gelu, softmax's parts."""
+    outputs: Bits | None = None
+    """Of the model's outputs, where they have one; null, and what is left out: as activations."""
+    rules: list[Rule] = []
+    """Exceptions, the first match wins; a kernel that one matches is a fixed-point number."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, data: Any) -> Any:
+        return _completed("binary", Bits, data)
+
+
+class Ternary(Binary):
+    """Kernels of three values, +s, 0 and -s, with a power of two s; the rest in fixed formats."""
+
+    method: Literal["ternary"] = "ternary"  # pyright: ignore[reportIncompatibleVariableOverride]
+    threshold: NotNegative = 0.7
+    """Weights up to threshold * mean |w| are 0."""
+
+
+class Minifloat(Section):
+    """Kernels as small floating-point numbers whose bits are trained; the rest in fixed formats."""
+
+    method: Literal["minifloat"] = "minifloat"
+    m: Annotated[float, Field(ge=-1, le=22, allow_inf_nan=False), BeforeValidator(number)] = 3.0
+    """Mantissa bits to start from, without the leading one."""
+    e: Annotated[float, Field(ge=0, le=5, allow_inf_nan=False), BeforeValidator(number)] = 3.0
+    """Exponent bits to start from."""
+    e0: Annotated[float, Field(ge=-16, le=16, allow_inf_nan=False), BeforeValidator(number)] = 0.0
+    """Exponent offset to start from."""
+    granularity: Axes = "channel"
+    """Which weights share them: element, channel, tensor, or the axes that share one, such as [0]."""
+    beta: NotNegative = 0.0
+    """Penalty per EBOP."""
+    freeze: bool = True
+    """Hold the bits still in fine-tuning."""
+    biases: Bits = _bits("minifloat", "biases", Bits)
+    """Format of biases and fused scales."""
+    activations: Bits = _bits("minifloat", "activations", Bits)
+    """Format of what enters a layer."""
+    tables: Bits = _bits("minifloat", "tables", Bits)
+    """Of what a table gives: tanh, gelu, softmax's parts."""
+    outputs: Bits | None = None
+    """Of the model's outputs, where they have one; null, and what is left out: as activations."""
+    rules: list[Rule] = []
+    """Exceptions, the first match wins; a kernel that one matches is a fixed-point number."""
+    compat: Literal["hgq2"] | None = None
+    """Do as HGQ2 does where that differs, to compare with it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, data: Any) -> Any:
+        return _completed("minifloat", Bits, data)
+
+
+Quantization = Annotated[HGQ | Fixed | Dynamic | Binary | Ternary | Minifloat, Field(discriminator="method")]

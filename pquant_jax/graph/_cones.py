@@ -23,6 +23,7 @@ TRANSCENDENTAL: Final = frozenset(
 )
 _CLOSED: Final = frozenset({"quantize", "mask", "site", "lookup"})
 _UNARY: Final = (ELEMENTWISE | TRANSCENDENTAL) - _CLOSED
+_WITHIN: Final = frozenset({"broadcast_in_dim", "shift_left", "bitcast_convert_type"})  # in calls; the last two: powers of two
 _FOLDABLE: Final = 1 << 22  # elements; a larger constant stays an equation
 
 
@@ -39,7 +40,7 @@ class Plan(NamedTuple):
     """What is known of a program before it runs.
 
     known: {slot: value} of what depends on constants alone.  cones: {step: Cone that ends there}.  interior: steps that
-    only lead to tables.  dropout: steps that a random choice alone reads; they are there in training only.
+    only lead to tables.  dropout: random choices and what they alone read, which is there in training only.
     """
 
     known: Mapping[int, np.ndarray]
@@ -53,7 +54,7 @@ def elementwise_call(eqn: Any) -> bool:
     call = inner(eqn)
     if call is None or not eqn.primitive.name.startswith("custom_"):
         return False
-    return all(s.eqn.primitive.name in _UNARY | {"broadcast_in_dim"} for s in _body(call).steps)
+    return all(s.eqn.primitive.name in _UNARY | _WITHIN for s in _body(call).steps)
 
 
 def _body(call: tuple[Any, Sequence[Any]]) -> Program:
@@ -203,7 +204,7 @@ def _constants(program: Program) -> dict[int, np.ndarray]:
 
 
 def _dropout(program: Program, random: Sequence[int]) -> frozenset[int]:
-    """Steps whose results only choices between random outcomes read: the x / keep_prob of a dropout."""
+    """Random choices and the steps whose results they alone read: the x / keep_prob of a dropout."""
     drawn = set(random)
     readers: dict[int, list[tuple[int, int]]] = {}
     for n, step in enumerate(program.steps):
@@ -225,7 +226,9 @@ def _dropout(program: Program, random: Sequence[int]) -> frozenset[int]:
             and all(s.eqn.primitive.name == "select_n" and place > 0 and s.ins[0] in drawn for s, place in steps)
         )
 
-    return frozenset(n for n, step in enumerate(program.steps) if step.outs and all(only_chosen(s) for s in step.outs))
+    chosen = [n for n, step in enumerate(program.steps) if step.outs and all(only_chosen(s) for s in step.outs)]
+    choices = [n for n, step in enumerate(program.steps) if step.eqn.primitive.name == "select_n" and step.ins[0] in drawn]
+    return frozenset((*chosen, *choices))
 
 
 def apply_steps(program: Program, cone: Cone, known: Mapping[int, Any]) -> Any:

@@ -32,6 +32,7 @@ from pquant_jax.graph._sites import Run, at_site, input_name, module_of, operand
 from pquant_jax.graph._stats import mean_square, output_axes
 from pquant_jax.graph._tables import masked_choice, masked_maximum, masked_sum, quotient, table
 from pquant_jax.graph._values import Value, constant, is_parameter, outputs, prefix
+from pquant_jax.graph._wishes import WISHES, wish
 from pquant_jax.numerics import product, region_name, site_p
 
 
@@ -109,7 +110,7 @@ def _rule(
     eqn = program.steps[n].eqn
     name = eqn.primitive.name
     if eqn.primitive is site_p:
-        return [_named(run, eqn, ins[0])]
+        return [wish(run, eqn, ins[0]) if eqn.params["kind"] in WISHES else _named(run, eqn, ins[0])]
     if alive and region_name(eqn) is None and any(contains_product(sub) for sub in nested(eqn)):
         raise TraceError(f"products inside {name!r} can't be instrumented; unroll it (a Python loop over the steps)")
     if not alive or batch is None:
@@ -128,7 +129,9 @@ def _rule(
     if name in PRODUCTS:
         return _product(run, eqn, [plain(run, v) for v in ins], batch)
     data = [v for v in ins if v.batch is not None]
-    if name in ("add", "sub", "mul", "div") and len(data) == 1 and n not in found.dropout:
+    if n in found.dropout:
+        return [_dropped(eqn, [plain(run, v) for v in ins], batch)]
+    if name in ("add", "sub", "mul", "div") and len(data) == 1:
         original = bind(eqn, [v.val for v in ins])[0]
         lazy = affine(run, name, ins, original) if all(v.masked is None for v in ins) else None
         if lazy is not None:
@@ -147,6 +150,16 @@ def _rule(
         masked_sum(name, ins, made[0])
     if name == "reduce_max" and ins[0].masked is not None:
         return [masked_maximum(run, eqn, ins[0], made[0])]
+    return made
+
+
+def _dropped(eqn: Any, ins: list[Value], batch: int) -> Value:
+    """A part of a dropout: there in training only, so that it must not change which values have sites."""
+    made = outputs(eqn, ins, bind(eqn, [v.val for v in ins]), batch)[0]
+    x = next((v for v in ins[1 if len(ins) == 3 else 0 :] if v.batch is not None), None)
+    if x is not None:
+        made.paths, made.channels, made.site, made.signed = x.paths, x.channels, x.site, x.signed
+        made.on_grid = made if x.on_grid is x else None
     return made
 
 
@@ -191,7 +204,7 @@ def _region(run: Run, eqn: Any, ins: list[Value], batch: int) -> list[Value]:
         last = body.outputs[0]
         return last.value if isinstance(last, Const) else known[last]
 
-    return [table(run, label, x, function, Value(made.val, batch, True, paths=made.paths))]
+    return [table(run, label, x, function, Value(made.val, batch, True, paths=made.paths), declared=True)]
 
 
 def _elementwise_product(run: Run, eqn: Any, name: str, ins: list[Value], batch: int) -> list[Value]:

@@ -1,6 +1,7 @@
 """Level 1: the fixed-point grid, its gradients, and the primitives that interpreters read."""
 
 from pquant_jax.numerics._fixed import LN2, ceil_log2, check_modes, integer_bits, kif, power_of_two, round_ste, total_bits
+from pquant_jax.numerics._minifloat import minifloat, minifloat_kif
 from pquant_jax.numerics._primitive import mask, mask_p, quantize, quantize_p, rebind, site, site_p
 from pquant_jax.numerics._reduce import product, reduce_axis, settle, settle_together
 from pquant_jax.numerics._table import MAX_TABLE_BITS, build_table, code_grid, lookup, lookup_p, region, region_name
@@ -21,6 +22,8 @@ __all__ = [
     "lookup_p",
     "mask",
     "mask_p",
+    "minifloat",
+    "minifloat_kif",
     "power_of_two",
     "product",
     "quantize",

@@ -183,10 +183,10 @@ def ceil_log2(v: jax.Array) -> jax.Array:
     """Smallest integer n with 2^n >= v, exact for normal positive float32 (read off the exponent field); float32."""
     bits = jax.lax.bitcast_convert_type(v.astype(jnp.float32), jnp.int32)
     fraction = bits & ((1 << _MANTISSA_BITS) - 1)
-    return _floor_log2(v) + (fraction != 0)
+    return floor_log2(v) + (fraction != 0)
 
 
-def _floor_log2(v: jax.Array) -> jax.Array:
+def floor_log2(v: jax.Array) -> jax.Array:
     """Largest integer n with 2^n <= v, as exact as `ceil_log2`; float32."""
     bits = jax.lax.bitcast_convert_type(v.astype(jnp.float32), jnp.int32)
     return ((bits >> _MANTISSA_BITS) - _EXPONENT_BIAS).astype(jnp.float32)
@@ -204,5 +204,5 @@ def integer_bits(low: jax.Array, high: jax.Array, f: jax.Array) -> jax.Array:
     # code <= 2^n - 1 is code < 2^n; both ends as codes, where code + 1 would be rounded from 2^24 on
     first, last = jnp.floor(-low * scale), jnp.floor(high * scale)
     need_low = jnp.where(first >= 1, ceil_log2(jnp.maximum(first, one)), 0)
-    need_high = jnp.where(last >= 1, _floor_log2(jnp.maximum(last, one)) + 1, 0)
+    need_high = jnp.where(last >= 1, floor_log2(jnp.maximum(last, one)) + 1, 0)
     return jnp.maximum(need_low, need_high) - fr

@@ -81,7 +81,7 @@ def rebind(primitive: Primitive, values: tuple, params: dict[str, Any]) -> jax.A
     return None
 
 
-def _unbroadcast(g: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def unbroadcast(g: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Sum a cotangent over the axes along which a format is shared (the transpose of broadcasting)."""
     while g.ndim > len(shape):
         g = reduce_axis(g, "sum", 0)
@@ -106,7 +106,7 @@ def _quantize_vjp(rounding: str, overflow: str, wrap: bool):
         x, k, i, f = residuals
         dx, di, df = _fixed.quantize_gradients(x, k, i, f, u, **modes)
         dx = settle(dx) if f.size == x.size else dx  # a weight's: pruning and the optimizer read it
-        return dx, jnp.zeros_like(k), _unbroadcast(di, i.shape), _unbroadcast(df, f.shape)
+        return dx, jnp.zeros_like(k), unbroadcast(di, i.shape), unbroadcast(df, f.shape)
 
     quantize_with_gradient.defvjp(forward, backward)
     return quantize_with_gradient

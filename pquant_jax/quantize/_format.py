@@ -123,7 +123,7 @@ def resolve(sites: Mapping[str, SiteSpec], defaults: Defaults, rules: Rules) -> 
                 raise TransformError(f"the rule {label(where)!r} sets {key!r}; {did_you_mean(key, known)}")
     made = {name: _chosen(name, spec, defaults, rules) for name, spec in sites.items()}
     for name, choice in made.items():
-        _check_axes(name, sites[name], choice)
+        check_axes(name, sites[name], choice)
     return made
 
 
@@ -142,7 +142,8 @@ def _chosen(name: str, spec: SiteSpec, defaults: Defaults, rules: Rules) -> Choi
     return Choice(made, f"rule {label(where)!r}")
 
 
-def _check_axes(name: str, spec: SiteSpec, choice: Choice) -> None:
+def check_axes(name: str, spec: SiteSpec, choice: Choice) -> None:
+    """Raise TransformError for axes that share a format which a site does not have."""
     axes, rank = choice.format.granularity, len(spec.shape)
     if isinstance(axes, tuple) and any(not -rank <= a < rank for a in axes):
         raise TransformError(

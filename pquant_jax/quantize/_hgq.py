@@ -5,7 +5,7 @@ The gradient of a format is that of its rounding error; the pressure on it is be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from pquant_jax import _tree
 from pquant_jax._base import KIF, Event, Params, SiteSpec, Stage, Stats, Transform, Tree, View
 from pquant_jax._errors import TransformError
 from pquant_jax.numerics import integer_bits
+from pquant_jax.quantize._beta import Beta, Piece, beta_of
 from pquant_jax.quantize._format import (
     PARAMETERS,
     TABLES,
@@ -30,14 +31,15 @@ from pquant_jax.quantize._format import (
     view_of,
 )
 from pquant_jax.quantize._ranges import F_LIMITS, I_LIMITS, limited, needed_bits, rounded, shared_range, site_range
-from pquant_jax.transforms import hyper, labelled
+from pquant_jax.transforms import entering, hyper, labelled
 
 
 class HGQState(NamedTuple):
-    """hyper: beta, beta_end (nan: as beta), decay, freeze, and gamma where it is in use.
+    """hyper: those of beta's schedule (of a ramp beta, beta_end (nan: as beta), beta_shape), decay, freeze, and gamma
+    where it is in use.
 
     stage: of the last step.  beta: the one in force.
-    k: {site: sign bits}.  i: {site: tracked integer bits} of the activations that wrap.
+    k: {site: sign bits}.  i: {site: tracked integer bits} of the activations that wrap.  memory: of a controller of beta.
     """
 
     hyper: dict[str, jax.Array]
@@ -45,12 +47,13 @@ class HGQState(NamedTuple):
     beta: jax.Array
     k: dict[str, jax.Array]
     i: dict[str, jax.Array]
+    memory: Tree = {}  # never written to
 
 
 def hgq(
     sites: Mapping[str, SiteSpec],
     *,
-    beta: float = 1e-5,
+    beta: float | Beta | Sequence[Piece] = 1e-5,
     beta_end: float | None = None,
     cost: Callable[[View], jax.Array] | None = None,
     gamma: float | None = None,
@@ -72,21 +75,26 @@ def hgq(
 
     Args:
       sites: `inst.sites`.
-      beta: penalty per EBOP; moves geometrically to `beta_end` over the epochs of the training stage.
+      beta: penalty per EBOP; moves geometrically to `beta_end` over the epochs of the training stage.  Or a schedule:
+        `ramp`, `piecewise` (or its pieces, [(epoch, beta, "linear" | "log" | "constant")]), or `pid(target)`, which
+        steers it to a number of EBOPs.
       cost: `inst.ebops`; None trains bits by accuracy (and gamma) alone.
       gamma: penalty per raw bit (HGQ's MonoL1, signed); None leaves the sum out of the step.
       decay: bits per step that a tracked i may sink.
       freeze: keep the bits still in fine-tuning.
       weights, biases, activations, tables, outputs, rules: as in `fixed`; WRAP_SM can't be trained, a format that is not
         `trainable` stays as it is.
-    Raises: TransformError for a mode that can't be trained, a rule that matches nothing, or a format that is not trained
-      and wider than the site's `max_bits`.
+    Raises: TransformError for a mode that can't be trained, a rule that matches nothing, a `pid` without cost, or a
+      format that is not trained and wider than the site's `max_bits`.
 
     >>> t = hgq({"kernel": SiteSpec((2,), "kernel")}, weights=Format(i=0, f=2, k=1, overflow="SAT_SYM"))
     >>> params = t.attach({"kernel": jnp.float32([0.3, 2.0])})
     >>> t.apply(params, t.init(params))[0].model["kernel"].tolist()
     [0.25, 0.75]
     """
+    price = beta_of(beta, beta_end)
+    if price.measures and cost is None:
+        raise TransformError("this beta is steered by what the model costs: give hgq cost=inst.ebops")
     choices = _choices(sites, resolve(sites, by_kind(weights, activations, biases, tables, outputs), rules))
     still = {name: full_kif(sites[name], c.format) for name, c in choices.items() if not c.moves}
     formats = {name: c.format for name, c in choices.items() if c.moves}
@@ -102,13 +110,15 @@ def hgq(
 
     def init(params: Params) -> HGQState:
         del params
-        hypers = hyper(beta=beta, beta_end=float("nan") if beta_end is None else beta_end, decay=decay, freeze=freeze)
+        hypers = hyper(**price.hyper, decay=decay, freeze=freeze)
+        start, memory = price.init(hypers)
         return HGQState(
             hypers if gamma is None else hypers | hyper(gamma=gamma),
             jnp.asarray(Stage.PRETRAIN, jnp.int32),
-            jnp.asarray(beta, jnp.float32),
+            start,
             {name: sign_bits(sites[name], fmt) for name, fmt in formats.items()},
             {name: jnp.full(format_shape(sites[name], formats[name]), formats[name].i, jnp.float32) for name in sorted(tracked)},
+            memory,
         )
 
     def kifs(params: Params, state: HGQState) -> dict[str, KIF]:
@@ -164,7 +174,6 @@ def hgq(
     def boundary(
         params: Params, state: HGQState, *, event: Any, epoch: Any, epochs: Any, stage: Any, stats: Stats, **extra: Any
     ) -> tuple[Params, HGQState]:
-        del extra
         state = state._replace(stage=jnp.asarray(stage, jnp.int32))
         if stats:  # a calibration over a whole data set: exactly what its ranges need, signs included
             now = event == Event.CALIBRATE
@@ -173,19 +182,25 @@ def hgq(
             i = {name: jnp.where(now, exact[name], old) for name, old in state.i.items()}
             state = state._replace(i=i, k={**state.k, **{n: jnp.where(now, k[n], state.k[n]) for n in k}})
             params = Params(params.model, {**params.extra, "hgq": _set(params.extra["hgq"], stats.get("format", {}), now)})
-        t = epoch.astype(jnp.float32) / jnp.maximum(epochs - 1, 1).astype(jnp.float32)
-        start, end = state.hyper["beta"], state.hyper["beta_end"]
-        end = jnp.where(jnp.isnan(end), start, end)
-        ramp = jnp.where(start > 0, start * (end / jnp.where(start > 0, start, 1)) ** t, end * t)
-        now = jnp.where((event == Event.PRE_EPOCH) & (stage == Stage.TRAIN), ramp, state.beta)
-        return params, state._replace(beta=now)
+        measured = costs(params, state, extra.get("view")) if price.measures else None
+        new, memory = price.update(state.hyper, state.memory, state.beta, epoch=epoch, epochs=epochs, cost=measured)
+        begins = (event == Event.PRE_EPOCH) & (stage == Stage.TRAIN)
+        memory = jax.tree.map(lambda new, old: jnp.where(begins, new, old), memory, state.memory)
+        return params, state._replace(beta=jnp.where(begins, new, state.beta), memory=memory)
+
+    def costs(params: Params, state: HGQState, view: View | None) -> jax.Array:
+        """Of what leaves this method, pruned by those before it."""
+        before = entering(params, view)
+        after = apply(Params(before.model, params.extra), state)[0]
+        assert cost is not None
+        return cost(after._replace(sites={**before.sites, **after.sites}, masks={**before.masks, **after.masks}))
 
     def penalty(params: Params, state: HGQState, view: View) -> jax.Array:
         zero = jnp.zeros((), jnp.float32)
-        price = state.beta * cost(view) if cost is not None else zero
+        due = state.beta * cost(view) if cost is not None else zero
         if gamma is not None:
-            price += state.hyper["gamma"] * sum((jnp.sum(v) for v in jax.tree.leaves(params.extra["hgq"])), zero)
-        return jnp.where(state.stage == Stage.PRETRAIN, zero, price)
+            due += state.hyper["gamma"] * sum((jnp.sum(v) for v in jax.tree.leaves(params.extra["hgq"])), zero)
+        return jnp.where(state.stage == Stage.PRETRAIN, zero, due)
 
     needs = frozenset({"range"}) if tracked else frozenset()
     return Transform("hgq", attach, init, apply, step, boundary, penalty, labelled("hgq", "bits"), needs, choices)

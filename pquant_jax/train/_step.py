@@ -13,6 +13,7 @@ import optax
 from pquant_jax import _tree
 from pquant_jax._base import Params, Stage, Transform, Tree, View
 from pquant_jax.graph import Instrumented
+from pquant_jax.quantize import HGQState
 from pquant_jax.train._losses import Metric, average
 from pquant_jax.transforms import state_of, strong
 
@@ -99,16 +100,22 @@ def compile_epoch(epoch: Callable) -> Callable:
 
 
 def make_evaluate(inst: Instrumented, compression: Transform, loss: Callable, metric: Metric, *, quantized: bool) -> Callable:
-    """evaluate(state, data) -> dict of scalars: val_loss, val_metric, sparsity and, where every site has a format, ebops."""
+    """evaluate(state, data) -> dict of scalars: val_loss, val_metric, sparsity, beta where bits are trained, and ebops.
+
+    ebops: where every site has a format.
+    """
 
     def evaluate(state: TrainState, data: Batch) -> dict[str, jax.Array]:
-        view, _ = compression.apply(state.params, state_of(state.opt_state))
+        inner = state_of(state.opt_state)
+        view, _ = compression.apply(state.params, inner)
         y, _ = inst.forward(view, state.model_state, data.x, train=False)
         figures = {
             "val_loss": average(loss(y, data.y), data.weight),
             "val_metric": average(metric.function(y, data.y), data.weight),
             "sparsity": kernel_sparsity(view),
         }
+        prices = [s.beta for s in (inner.values() if isinstance(inner, dict) else [inner]) if isinstance(s, HGQState)]
+        figures |= {"beta": prices[0]} if len(prices) == 1 else {}
         return {**figures, "ebops": inst.ebops(view)} if quantized else figures
 
     return evaluate

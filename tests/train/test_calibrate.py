@@ -48,7 +48,7 @@ def best(values, k, f_of):
     return float(min(lost, key=lost.__getitem__))
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("granularity", [pytest.param("tensor", marks=pytest.mark.slow), "channel"])
 def test_mse_is_the_best_of_all_ranges(granularity):
     x, sites = calibrated(pq.quantize.dynamic, F(i=6, f=1, granularity=granularity), method="mse")
     groups = [x] if granularity == "tensor" else list(x.T)
@@ -71,7 +71,7 @@ def test_percentile_cuts_the_tail_of_all_that_share_a_format():
     assert np.all(np.asarray(exact["a/input"].i) > np.asarray(want))
 
 
-@pytest.mark.parametrize("keep", ["width", "f"])
+@pytest.mark.parametrize("keep", [pytest.param("width", marks=pytest.mark.slow), "f"])
 def test_trained_bits_start_from_what_was_chosen(keep):
     """HGQ's bits of saturating activations; kernels are nobody's business here."""
     x, sites = calibrated(pq.quantize.hgq, F(i=1, f=6, overflow="SAT", granularity="tensor"), method="mse", keep=keep)

@@ -31,7 +31,7 @@ def test_records_of_a_whole_run(plain, run):
     assert [r["epoch"] for r in result.history] == list(range(8))
     assert [record for record, _ in seen] == result.history
     assert [int(state.count) for _, state in seen] == [25 * (n + 1) for n in range(8)]
-    assert all(set(r) == KEYS | {"ebops"} for r in result.history)
+    assert all(set(r) == KEYS | {"ebops", "beta"} for r in result.history)
     assert result.history[-1]["loss"] < 0.8 * result.history[0]["loss"]
     assert np.isclose(result.seconds, sum(r["seconds"] for r in result.history))
     assert set(plain.inst.sites) == set(result.view.sites)
@@ -247,3 +247,18 @@ def test_pressure_on_bits_lowers_ebops(plain):
     tx = pq.optimizer(compression, weights=optax.adam(2e-2), bits=optax.adam(2e-2))  # 100 steps of 0.02 bits
     result = plain.fit(pq.Plan(1, 4, 0), compression=compression, optimizer=tx)
     assert result.history[-1]["ebops"] < 0.8 * result.history[0]["ebops"]
+
+
+def test_a_controller_reaches_its_target(plain):
+    """Within 10 % and to stay, from five times as much, by a beta it has to find; every epoch's beta is in the history."""
+    inst = plain.inst
+    target = 0.25 * inst.reference8
+    beta = pq.quantize.pid(target, beta=3e-5, i=0.6, warmup=5)
+    compression = pq.quantize.hgq(inst.sites, beta=beta, cost=inst.ebops)
+    tx = pq.optimizer(compression, weights=optax.adam(1e-2), bits=optax.adam(3e-2))
+    result = plain.fit(pq.Plan(1, 30, 0), compression=compression, optimizer=tx)
+    costs, betas = (np.array([r[key] for r in result.history]) for key in ("ebops", "beta"))
+    assert costs[0] > 4 * target
+    np.testing.assert_allclose(costs[-4:], target, rtol=0.1)
+    np.testing.assert_allclose(betas[:6], 3e-5, rtol=1e-5)  # pre-training and the warm-up
+    assert betas[-1] > 2 * betas[0] and np.all(np.diff(betas[6:]) != 0) and result.traces == 1
