@@ -27,10 +27,11 @@ PORT = pq.InputSpec(1, 1, 3)
 
 
 def random_view(inst: pq.Instrumented, rng: np.random.Generator) -> pq.View:
-    """Per element 0 to 2 integer and 1 to 3 fractional bits, per site one of RND, TRN and one of WRAP, SAT."""
+    """Per element 0 to 2 integer and 1 to 3 fractional bits (scales 4 to 6), per site one of RND, TRN and one of WRAP, SAT."""
     formats = {}
     for name, spec in inst.sites.items():
-        i, f = (jnp.asarray(rng.integers(a, b, spec.shape), jnp.float32) for a, b in ((0, 3), (1, 4)))
+        least = 4 if spec.kind == "scale" else 1  # a sixth is 0 on coarser grids
+        i, f = (jnp.asarray(rng.integers(a, a + 3, spec.shape), jnp.float32) for a in (0, least))
         rounding, overflow = rng.choice(["RND", "TRN"]), rng.choice(["WRAP", "SAT"])
         formats[name] = pq.kif(float(spec.signed), i, f, rounding=str(rounding), overflow=str(overflow))
     leaves = _tree.flatten(inst.model.params)
