@@ -104,6 +104,17 @@ def model_line(eqn: Any) -> str:
     return ""
 
 
+def called_from(eqn: Any, caller: Any) -> Any:
+    """`eqn` of a library's function with the traceback of its call: the function was traced where it was called first."""
+    return eqn if caller is None else eqn.replace(source_info=eqn.source_info.replace(traceback=caller))
+
+
+def library_caller(eqn: Any, jaxpr: Jaxpr, caller: Any) -> Any:
+    """The traceback that the equations of a called jaxpr get, None if they have their own: the model's code."""
+    name = getattr(getattr(jaxpr, "debug_info", None), "func_filename", None) or ""
+    return (eqn.source_info.traceback if caller is None else caller) if name.startswith(_PACKAGES) else None
+
+
 def at_line(eqn: Any) -> str:
     """` at model.py:12` for an error, or nothing."""
     line = model_line(eqn)

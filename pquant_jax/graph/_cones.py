@@ -229,17 +229,16 @@ def _dropout(program: Program, random: Sequence[int]) -> frozenset[int]:
         if isinstance(v, int):
             readers.setdefault(v, []).append((-1, 0))
 
+    def chooses(step: Step) -> bool:
+        return step.eqn.primitive.name == "select_n" and isinstance(step.ins[0], int) and step.ins[0] in drawn
+
     def only_chosen(slot: int) -> bool:
         read = readers.get(slot, [])
         steps = [(program.steps[n], place) for n, place in read if n >= 0]
-        return (
-            bool(read)
-            and len(steps) == len(read)
-            and all(s.eqn.primitive.name == "select_n" and place > 0 and s.ins[0] in drawn for s, place in steps)
-        )
+        return bool(read) and len(steps) == len(read) and all(chooses(s) and place > 0 for s, place in steps)
 
     chosen = [n for n, step in enumerate(program.steps) if step.outs and all(only_chosen(s) for s in step.outs)]
-    choices = [n for n, step in enumerate(program.steps) if step.eqn.primitive.name == "select_n" and step.ins[0] in drawn]
+    choices = [n for n, step in enumerate(program.steps) if chooses(step)]
     return frozenset((*chosen, *choices))
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from pquant_jax import _tree
 from pquant_jax._base import KIF, SiteSpec, Tree, View
@@ -281,15 +282,10 @@ def _bind_as(eqn: Any, w: Any, rest: Sequence[Any]) -> list[Any]:
     return [w] if eqn.primitive.name == "convert_element_type" else bind(eqn, [w, *(jnp.asarray(v) for v in rest)])
 
 
-def _uniform(value: Any) -> bool:
-    """One number, as often as it is wanted."""
-    return jnp.ndim(value) == 0 or (isinstance(value, np.ndarray) and bool(np.all(value == value.flat[0])))
-
-
 def _product(run: _Run, eqn: Any, ins: list[_Bits], out: _Bits) -> None:
     name = eqn.primitive.name
     if name in ("mul", "div"):
-        scalar = [n for n, v in enumerate(ins) if not v.data and v.bits is None and _uniform(v.val)]
+        scalar = [n for n, v in enumerate(ins) if not v.data and v.bits is None and _one_number(v)]
         if scalar and (name == "mul" or scalar[0] == 1):
             # a scalar constant: a shift, or one constant multiplier that the lowering lints
             kept = ins[1 - scalar[0]]
@@ -312,6 +308,14 @@ def _product(run: _Run, eqn: Any, ins: list[_Bits], out: _Bits) -> None:
                 _enter(ins[0], out, "table")
         elif power > 1:  # x^n = x * x^(n-1), and x^(n-1) is (n-1) times as wide
             _add_product(run, eqn, [ins[0], ins[0]], out, lambda a, b: a * b * (power * (power - 1) / 2))
+
+
+def _one_number(v: _Bits) -> bool:
+    """A scalar, or a constant array that holds one number: the zeros that a loop starts from."""
+    if jnp.ndim(v.val) == 0:
+        return True
+    array = None if isinstance(v.val, Tracer) or v.name else np.asarray(v.val)
+    return array is not None and array.size > 0 and bool((array == array.flat[0]).all())
 
 
 def _add_product(run: _Run, eqn: Any, ins: list[_Bits], out: _Bits, multiply: Callable) -> None:

@@ -15,9 +15,11 @@ from pquant_jax.graph._batch import ELEMENTWISE as ELEMENTWISE, batch_of
 from pquant_jax.graph._calls import (
     PRODUCTS as PRODUCTS,
     bind,
+    called_from,
     contains_product as contains_product,
     evaluate,
     inner,
+    library_caller,
     nested as nested,
     unroll,
 )
@@ -82,22 +84,28 @@ def flatten(closed: ClosedJaxpr, opaque: Callable[[Any], bool] = lambda eqn: Fal
             values.update(zip(step.outs, results, strict=True))
         return values.get(v)
 
-    def call(eqn: Any, ins: Sequence[int | Const], scope: str, calls: tuple[str, ...]) -> list[int | Const] | None:
+    def call(eqn: Any, ins: Sequence[int | Const], scope: str, calls: tuple[str, ...], caller: Any) -> list[int | Const] | None:
         """The results of an equation that holds a jaxpr to be walked."""
         found = None if opaque(eqn) else inner(eqn)
         if found is not None:
             name = eqn.params.get("name")
-            return walk(*found, ins, scope, (*calls, str(name)) if name else calls)
+            inside = library_caller(eqn, found[0], caller)
+            return walk(*found, ins, scope, (*calls, str(name)) if name else calls, inside)
         straight = unroll(eqn, lambda n: known(ins[n]))
         if straight is None:
             return None
-        outs = walk(straight.closed.jaxpr, straight.closed.consts, [ins[n] for n in straight.operands], scope, calls)
+        outs = walk(straight.closed.jaxpr, straight.closed.consts, [ins[n] for n in straight.operands], scope, calls, caller)
         pairs = ((ins[before], outs[after]) for before, after in straight.carries)
         carries.extend((a, b) for a, b in pairs if isinstance(a, int) and isinstance(b, int))
         return outs[: len(eqn.outvars)]
 
     def walk(
-        jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[int | Const], outer: str, calls: tuple[str, ...] = ()
+        jaxpr: Jaxpr,
+        consts: Sequence[Any],
+        args: Sequence[int | Const],
+        outer: str,
+        calls: tuple[str, ...] = (),
+        caller: Any = None,
     ) -> list[int | Const]:
         env: dict[Any, int | Const] = dict(zip(jaxpr.constvars, map(Const, consts), strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
@@ -106,9 +114,9 @@ def flatten(closed: ClosedJaxpr, opaque: Callable[[Any], bool] = lambda eqn: Fal
             return Const(v.val) if isinstance(v, Literal) else env[v]
 
         for eqn in jaxpr.eqns:
-            ins = tuple(read(v) for v in eqn.invars)
+            eqn, ins = called_from(eqn, caller), tuple(read(v) for v in eqn.invars)
             scope, only = str(eqn.source_info.name_stack) or outer, _only_part(eqn)
-            outs: Sequence[int | Const] | None = call(eqn, ins, scope, calls) if only is None else [ins[only]]
+            outs: Sequence[int | Const] | None = call(eqn, ins, scope, calls, caller) if only is None else [ins[only]]
             if outs is None:
                 outs = slots = tuple(fresh() for _ in eqn.outvars)
                 steps.append(Step(eqn, ins, slots, scope, calls))
