@@ -85,27 +85,33 @@ def run(name: str, *, rtl: bool = True, seed: int = 0, scale: float = 1.0, netli
     or, for a model that must be refused, the refusal.  holds: trained, lowered, nothing differs.
     netlist: without it only JAX and the emulator are compared.
     """
-    entry, start = ENTRIES[name], time.perf_counter()
+    entry, start, cpu = ENTRIES[name], time.perf_counter(), time.process_time()
     found: dict[str, Any] = {"name": name, "seconds": {}, "holds": False}
     try:
-        trained = train(entry, seed=seed, scale=scale)
+        _measure(entry, found, rtl=rtl and entry.rtl, seed=seed, scale=scale, netlist=netlist)
+        found["holds"] = all(n == 0 for n in found["mismatches"].values() if n is not None) and not entry.refused
     except DataError as error:
-        return {**found, "skipped": str(error), "holds": True}
+        found |= {"skipped": str(error), "holds": True}
+    except PQuantError as error:
+        found |= {"error": f"{type(error).__name__}: {error}", "holds": _refused(entry, error)}
+    found["seconds"] |= {"all": time.perf_counter() - start, "cpu": time.process_time() - cpu}
+    return found
+
+
+def _measure(entry: Entry, found: dict[str, Any], *, rtl: bool, seed: int, scale: float, netlist: bool) -> None:
+    """Every figure goes into `found` as soon as it is known."""
+    start = time.perf_counter()
+    trained = train(entry, seed=seed, scale=scale)
     found["seconds"]["train"] = time.perf_counter() - start
     found["weights"] = sum(int(np.size(v)) for v in jax.tree.leaves(trained.inst.model.params))
-    try:
-        inst, view, state, data = exported(entry, trained)
-        found |= {"products": round(inst.reference8 / 64), "ebops": float(jax.jit(inst.ebops)(view))}
-        begin = time.perf_counter()
-        graph = lower.trace(inst, view, state)
-        found["seconds"]["trace"] = time.perf_counter() - begin
-        made = outputs(inst, view, state, graph, data.test.x)
-        found["metric"] = _figure(entry, made, data)
-        found |= _compared(name, graph, inst, view, state, data, rtl=rtl and entry.rtl, netlist=netlist, found=found)
-    except PQuantError as error:
-        return {**found, "error": f"{type(error).__name__}: {error}", "holds": _refused(entry, error)}
-    found["holds"] = all(n == 0 for n in found["mismatches"].values() if n is not None) and not entry.refused
-    return found
+    inst, view, state, data = exported(entry, trained)
+    found |= {"products": round(inst.reference8 / 64), "ebops": float(jax.jit(inst.ebops)(view))}
+    begin = time.perf_counter()
+    graph = lower.trace(inst, view, state)
+    found["seconds"]["trace"] = time.perf_counter() - begin
+    made = outputs(inst, view, state, graph, data.test.x)
+    found["metric"] = _figure(entry, made, data)
+    found |= _compared(found["name"], graph, inst, view, state, data, rtl=rtl, netlist=netlist, seconds=found["seconds"])
 
 
 def _refused(entry: Entry, error: PQuantError) -> bool:
@@ -121,13 +127,13 @@ def _figure(entry: Entry, made: Any, data: pq.data.Dataset) -> dict[str, float]:
 
 def _compared(
     name: str, graph: lower.Graph, inst: pq.Instrumented, view: pq.View, state: Any, data: pq.data.Dataset, *,
-    rtl: bool, netlist: bool, found: dict[str, Any],
+    rtl: bool, netlist: bool, seconds: dict[str, float],
 ) -> dict[str, Any]:  # fmt: skip
     """Mismatches, vectors, cost and latency."""
     from pquant_jax.lower import sim
     from pquant_jax.lower.backends import da4ml
 
-    seconds, cost, comb, rtls = found["seconds"], {}, None, {}
+    cost, comb, rtls = {}, None, {}
     x_test = jax.tree.map(lambda v: v[: VECTORS // 2], data.test.x)
     with tempfile.TemporaryDirectory(prefix="pquant-zoo-") as work:
         if netlist:
@@ -151,7 +157,7 @@ def text(found: dict[str, Any]) -> str:
     """One line of figures."""
     if "skipped" in found:
         return f"left out: {found['skipped']}"
-    parts = [f"{found['weights']:,} weights"]
+    parts = [f"{found['weights']:,} weights"] if "weights" in found else []
     parts += [f"{found['products']:,} products, {found['ebops']:,.0f} EBOPs"] if "ebops" in found else []
     parts += [f"{key} {value:.3f}" for key, value in found.get("metric", {}).items()]
     parts += [f"cost {found['cost']:,.0f}, {found['latency']} cycles"] if "cost" in found else []

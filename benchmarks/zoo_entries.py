@@ -47,12 +47,12 @@ class Entry(NamedTuple):
     refused: tuple[str, ...] = ()
 
 
-def hgq(beta: float = 2e-6, beta_end: float | None = 2e-5, **kwargs: Any) -> Callable[[pq.Instrumented], pq.Transform]:
+def hgq(beta: float = 2e-6, beta_end: float = 2e-5) -> Callable[[pq.Instrumented], pq.Transform]:
     """Trained bit-widths."""
 
     def make(inst: pq.Instrumented) -> pq.Transform:
-        parts = dict(weights=WEIGHTS, activations=ACTIVATIONS) | kwargs
-        return pq.chain(pq.quantize.hgq(inst.sites, beta=beta, beta_end=beta_end, cost=inst.ebops, **parts))
+        price = dict(beta=beta, beta_end=beta_end, cost=inst.ebops)
+        return pq.chain(pq.quantize.hgq(inst.sites, weights=WEIGHTS, activations=ACTIVATIONS, **price))
 
     return make
 
@@ -161,7 +161,7 @@ def no_score(made: Any, x: Any) -> jax.Array:
 
 
 RECONSTRUCTION: Final = Metric("mse", no_score, higher_is_better=False)
-SIXTEEN: Final = pq.InputSpec(1, 7, 8)
+SIXTEEN: Final = Format(i=7, f=8, k=1)
 
 ENTRIES: Final[dict[str, Entry]] = {
     "mlp": Entry(lambda: zoo.mlp([64, 32, 32], 5), jets, hgq()),

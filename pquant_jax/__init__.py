@@ -35,6 +35,7 @@ from pquant_jax.graph import (
     sparsity_summary,
     summary_text,
 )
+from pquant_jax.lower import Gap, check
 from pquant_jax.numerics import kif, mask, site
 from pquant_jax.quantize import explain, template
 from pquant_jax.search import scan
@@ -61,6 +62,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "Event",
+    "Gap",
     "InputSpec",
     "Instrumented",
     "LoweringError",
@@ -84,6 +86,7 @@ __all__ = [
     "boundary",
     "calibrate",
     "chain",
+    "check",
     "constrain",
     "data",
     "ebops",

@@ -66,6 +66,13 @@ Print the quantization section of a configuration with one rule per site of its 
 
   pquant-jax template configs/jets_hgq.yaml --quantizer fixed
 """
+SCAN: Final = """
+What post-training quantization would have given: the run's uncompressed model (float.npz) at every ap_fixed<W,I> of a grid, on
+the test set.  Writes RUN/scan/: scan.json (the metric at every point, the narrowest good one, the layers that need bits most)
+and pictures.
+
+  pquant-jax scan runs/jets_hgq --widths 6 8 10 12 --integers 2 3 4 5
+"""
 SCHEMA: Final = """
 Print the JSON schema of a configuration file: every key with its type, default and meaning.  The sections of methods are
 pruning (ap, autosparse, cs, dst, magnitude, pdp, random, wanda), constraints (MDMM on sparsity, group_sparsity, dsp_sparsity,
@@ -127,7 +134,8 @@ def _parser() -> argparse.ArgumentParser:
     verify = _command(commands, "verify", "prove a lowered run again", VERIFY, _verify)
     report = _command(commands, "report", "draw the report of a run again", REPORT, _report)
     predict = _command(commands, "predict", "apply a finished run to new data", PREDICT, _predict)
-    for command in (resume, lower, verify, report, predict):
+    scan = _command(commands, "scan", "the uncompressed model at a grid of ap_fixed<W,I>", SCAN, _scan)
+    for command in (resume, lower, verify, report, predict, scan):
         command.add_argument("run", metavar="RUN", help="run directory, e.g. runs/jets_hgq")
     for command in (resume, lower, verify):
         _add_quiet(command)
@@ -143,6 +151,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("config", metavar="CONFIG", help="YAML file")
         _add_set(command, "another value of one key (repeatable)")
     template.add_argument("--quantizer", default="hgq", help="hgq, fixed or dynamic (default %(default)s)")
+    scan.add_argument("--widths", type=_positive, nargs="+", metavar="W", help="total widths; default 4, 6 ... 18")
+    scan.add_argument("--integers", type=int, nargs="+", metavar="I", help="integer bits, sign included; default 1 to 8")
+    scan.add_argument("--drop", type=float, default=0.01, help="of the metric that a good point may lose (default %(default)s)")
     _command(commands, "schema", "print the JSON schema of a configuration", SCHEMA, _schema)
     _command(commands, "doctor", "what is installed and what is missing", DOCTOR, _doctor)
     return parser
@@ -228,6 +239,19 @@ def _template(arguments: Any) -> None:
     from pquant_jax.run import template
 
     print(template(config.load(arguments.config, arguments.overrides), arguments.quantizer), end="")
+
+
+def _scan(arguments: Any) -> None:
+    from pquant_jax.run import scan
+
+    axes = {name: v for name in ("widths", "integers") if (v := getattr(arguments, name)) is not None}
+    found = scan(arguments.run, drop=arguments.drop, **axes)
+    name, point = found["metric"], found["chosen"]
+    good = (
+        "no point is" if point is None else f"<{point['width']},{point['integer']}> has {point['value']:.4f} and is the narrowest"
+    )
+    count = len(found["widths"]) * len(found["integers"])
+    print(f"{name} of float {found['baseline'][name]:.4f}; {good} within {arguments.drop:g}, of {count} in {arguments.run}/scan")
 
 
 def _schema(arguments: Any) -> None:

@@ -16,7 +16,7 @@ from pquant_jax.run._log import make_log
 from pquant_jax.run._prepare import prepare, prepare_data
 from pquant_jax.run._training import fit_compressed
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("jets_*.yaml"))
 METHODS = {
     "ap", "autosparse", "binary", "cs", "dst", "dynamic", "fitcompress", "hawq", "magnitude", "mdmm", "minifloat", "nm", "paca",
     "pdp", "pnorm", "random", "ternary", "wanda",

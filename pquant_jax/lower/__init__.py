@@ -1,5 +1,8 @@
 """Level 5: jaxpr -> fixed-point graph -> emulator, RTL and proofs.  Backends and tools are imported when they are used."""
 
+from pquant_jax.lower._build import Gap
+from pquant_jax.lower._check import check
+from pquant_jax.lower._estimate import Estimate, estimate
 from pquant_jax.lower._plugin import Finished
 from pquant_jax.lower._trace import trace
 from pquant_jax.lower._verify import forward_outputs, verify
@@ -12,13 +15,17 @@ from pquant_jax.lower.passes import lint, simplify
 from pquant_jax.lower.size import Size, size
 
 __all__ = [
+    "Estimate",
     "Finished",
+    "Gap",
     "Graph",
     "Node",
     "Size",
     "canonical",
+    "check",
     "difference",
     "emulate",
+    "estimate",
     "forward_outputs",
     "lint",
     "overflows",

@@ -105,8 +105,29 @@ def place_of(build: Nodes, ins: Sequence[Operand], scope: str) -> str:
     return scope or "the input"
 
 
-def refusal(op: Op, what: str, why: str) -> LoweringError:
+class Gap(NamedTuple):
+    """One thing that a model lacks on its way to hardware.
+
+    where: the site, parameter or layer.  op: what is there.  line: the model's, `model.py:12`, or "".  fix: what to do.
+    """
+
+    where: str
+    op: str
+    line: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.op}{f' at {self.line}' if self.line else ''}: {self.fix}"
+
+
+class Refusal(LoweringError):
+    """A `LoweringError` of one equation, with its `Gap`."""
+
+    def __init__(self, gap: Gap) -> None:
+        super().__init__(f"can't lower {gap.op} (near {gap.where}{f', {gap.line}' if gap.line else ''}): {gap.fix}")
+        self.gap = gap
+
+
+def refusal(op: Op, what: str, why: str) -> Refusal:
     """The error for an equation: what it is, where in the model, why not and what to do."""
-    line = model_line(op.eqn)
-    where = f"near {place_of(op.build, op.ins, op.scope)}" + (f", {line}" if line else "")
-    return LoweringError(f"can't lower {what} ({where}): {why}")
+    return Refusal(Gap(place_of(op.build, op.ins, op.scope), what, model_line(op.eqn), why))

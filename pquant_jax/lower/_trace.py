@@ -12,16 +12,18 @@ from pquant_jax._base import InputSpec, Tree, View
 from pquant_jax._errors import LoweringError
 from pquant_jax.graph import Const, Instrumented, bind, flatten
 from pquant_jax.lower._build import Nodes, Op, Operand, add, node, numbers, refusal, take
+from pquant_jax.lower._estimate import MAX_SIZE, check_size
 from pquant_jax.lower._rules import ADVICE, RANDOM, pick
 from pquant_jax.lower.ir import Graph, reached, validate
 from pquant_jax.numerics import quantize_p
 
 
-def trace(inst: Instrumented, view: View, model_state: Tree) -> Graph:
+def trace(inst: Instrumented, view: View, model_state: Tree, *, limit: float = MAX_SIZE) -> Graph:
     """The instrumented inference forward of one sample as a fixed-point `Graph`.
 
     Parameters and formats are folded into constants, tables that the view lacks are built; every input array becomes one
     port in its declared format, and outputs keep the order of the forward's.
+    limit: of products and other elements, see `estimate`; checked before the work starts.
     Raises: LoweringError for an operation without an exact fixed-point form, naming it and its place in the model.
     """
 
@@ -33,6 +35,7 @@ def trace(inst: Instrumented, view: View, model_state: Tree) -> Graph:
         raise LoweringError(
             f"site {missing[0]!r} has no fixed-point format: add a quantizer (pq.quantize.hgq or fixed) to the chain"
         )
+    check_size(inst, view, model_state, limit)
     view = with_tables(inst, view, model_state)
     program = flatten(jax.make_jaxpr(forward)(inst.sample))
     build: Nodes = []
@@ -49,7 +52,7 @@ def trace(inst: Instrumented, view: View, model_state: Tree) -> Graph:
     declared = dict(zip(ports, specs, strict=True))
     for step in program.steps:
         op = Op(build, step.eqn, [read(v) for v in step.ins], _shape(step.eqn), step.scope)
-        env.update(zip(step.outs, _lower(op, declared), strict=True))
+        env.update(zip(step.outs, lower_one(op, declared), strict=True))
     results = [_sample(build, read(v)) for v in program.outputs]
     return validate(reached(Graph(tuple(build), tuple(ports), tuple(results))))
 
@@ -69,7 +72,7 @@ def _sample(build: Nodes, value: Operand) -> int:
     return take(build, out, numbers(build[out].shape[1:]))
 
 
-def _lower(op: Op, ports: dict[int, InputSpec]) -> list[Operand]:
+def lower_one(op: Op, ports: dict[int, InputSpec]) -> list[Operand]:
     """The results of one equation: constants if its operands are, else nodes."""
     if op.name in RANDOM:
         raise refusal(op, repr(op.name), ADVICE[op.name])

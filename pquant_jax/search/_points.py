@@ -149,13 +149,17 @@ def view_at(s: Subject, kifs: Mapping[str, KIF]) -> tuple[View, KIF | None]:
     leaves = _tree.flatten(s.params)
     rounded = {p: quantize(leaves[p], kifs[p]) for p, spec in s.inst.sites.items() if p in kifs and p in leaves}
     sites = {name: fmt for name, fmt in kifs.items() if name in s.inst.sites}
-    return View(_tree.replace(s.params, rounded), sites, {}), kifs.get(OUTPUT)
+    return View(_tree.replace(s.params, rounded), sites, {}), kifs.get(OUTPUT) if bare(s.inst) else None
+
+
+def bare(inst: Instrumented) -> bool:
+    """Has the model no site for its outputs?"""
+    return all(spec.kind != "output" for spec in inst.sites.values())
 
 
 def sites_of(inst: Instrumented) -> dict[str, SiteSpec]:
     """All places that get a format: the sites, and the outputs if the model has no site for them."""
-    own = {} if any(spec.kind == "output" for spec in inst.sites.values()) else {OUTPUT: SiteSpec((), "output")}
-    return {**inst.sites, **own}
+    return {**inst.sites, **({OUTPUT: SiteSpec((), "output")} if bare(inst) else {})}
 
 
 def evaluate(

@@ -16,7 +16,7 @@ from pquant_jax._errors import SearchError, TransformError
 from pquant_jax.numerics import check_modes
 from pquant_jax.quantize import Format
 from pquant_jax.search._formats import Rules
-from pquant_jax.search._points import OUTPUT, Subject, evaluate, figures, group_of, kif_of, outputs_of, sites_of, subject
+from pquant_jax.search._points import Subject, bare, evaluate, figures, group_of, kif_of, outputs_of, sites_of, subject
 from pquant_jax.search._response import as_metrics
 from pquant_jax.train import Metric
 from pquant_jax.train._losses import accuracy
@@ -45,7 +45,7 @@ class Scanned(NamedTuple):
     values: {name: the same} of all metrics.  baseline: {name: value} of the float model, before any quantization.
     name, higher_is_better: of the first metric.
     groups: {"weights" | "intermediates" | "results": "scan", a format (W, I) that was held, a `Grid`, or None for float}.
-    rounding, overflow: modes of all formats.  sites: what was quantized.  samples: how many were predicted.
+    rounding, overflow: modes of all formats.  sites: of the model, `inst.sites`.  samples: how many were predicted.
     """
 
     widths: tuple[int, ...]
@@ -108,6 +108,7 @@ def scan(
     k, i and f are arrays to the model, so that all points are one `vmap` of one compiled function.  The groups are weights
     (kernels, biases, BatchNorm's scales and offsets), intermediates (what enters a product or a table, what a table gives)
     and results (the model's outputs).  Sums are exact, as wide as they need be; the input of a table has at most its 12 bits.
+    A format that the model itself asks for gives way to the point's.
     Values are float32: a format of more than 24 bits changes nothing but what leaves its range.
 
     Args:
@@ -152,7 +153,7 @@ def scan(
     first = metrics[0]
     return Scanned(
         grid.widths, grid.integers, values[first.name], values, baseline, first.name, first.higher_is_better,
-        groups, rounding, overflow, sites, s.n,
+        groups, rounding, overflow, dict(s.inst.sites), s.n,
     )  # fmt: skip
 
 
@@ -231,7 +232,7 @@ def rules_at(scanned: Scanned, width: int, integer: int) -> Rules:
             formats[name] = (width, integer) if isinstance(group, str) else (group[0], group[1])
     rules = []
     for name, spec in scanned.sites.items():
-        if name == OUTPUT or group_of(spec) not in formats:
+        if group_of(spec) not in formats:
             continue
         w, n = formats[group_of(spec)]
         w = min(w, spec.max_bits) if spec.max_bits else w
@@ -283,7 +284,7 @@ def trained(
     """
     first: Metric = as_metrics(metric)[0]
     s = subject(model, None, data, samples=samples, batch=batch)
-    fmt = None if results is None or OUTPUT not in sites_of(s.inst) else kif_of(*results, 0, rounding, overflow)
+    fmt = None if results is None or not bare(s.inst) else kif_of(*results, 0, rounding, overflow)
 
     @jax.jit
     def measured(view: View, arrays: tuple) -> jax.Array:

@@ -18,6 +18,7 @@ from pquant_jax.search._points import (
     FLOAT,
     OUTPUT,
     Subject,
+    bare,
     evaluate,
     float_outputs,
     kif_of,
@@ -141,7 +142,7 @@ def _fitted(s: Subject, sites: Mapping[str, SiteSpec], width: int) -> dict[str, 
     seen, ends = jax.device_get(spans(s[1:6]))
     ranges = {name: (float(np.min(low)), float(np.max(high))) for name, (low, high) in seen.items()}
     ranges |= {p: (float(np.min(leaves[p])), float(np.max(leaves[p]))) for p in sites if p in leaves}
-    ranges |= {OUTPUT: (float(ends[0]), float(ends[1]))}
+    ranges = {OUTPUT: (float(ends[0]), float(ends[1]))} | ranges
     signed = {name: SiteSpec(spec.shape, spec.kind) for name, spec in sites.items()}  # ap_fixed has a sign everywhere
     return {name: (width, int(fitted(signed[name], ranges[name], width).i) + 1) for name in sites}
 
@@ -180,7 +181,7 @@ def differences(
         exact, fixed = _values(own, View(own.params, {}, {})), _values(own, view)
         pairs = {n: (v, fixed[n] if n not in kifs else quantize(fixed[n], kifs[n])) for n, v in exact.items()}
         pairs |= {p: pair for p, pair in _parameters(own, view).items() if p in sites}
-        if OUTPUT in sites:
+        if bare(own.inst):
             pairs[OUTPUT] = _joined(float_outputs(own)), _joined(outputs_of(own, view, output))
         return {name: _compared(*pair) for name, pair in pairs.items()}
 

@@ -75,7 +75,10 @@ class VAE(nn.Module):
         hidden = self.encode(x)
         mean, log_var = self.mean(hidden), self.log_var(hidden)
         divergence = 0.5 * jnp.sum(mean * mean + jnp.exp(log_var) - log_var - 1.0, axis=-1, keepdims=True)
-        noise = jax.random.normal(self.make_rng("dropout"), mean.shape) if train else jnp.zeros(mean.shape)
+        drawn = jax.random.normal(self.make_rng("dropout"), mean.shape) if train else jnp.zeros(mean.shape)
+        # a number per sample in both traces, so that training and inference have the same sites; alone, noise that is drawn
+        # for a batch would look like a trained scale, and a constant like none
+        noise = jnp.where(mean == mean, drawn, 0.0)
         z = mean + jnp.exp(0.5 * log_var) * noise
         for layer in self.decoder:
             z = nn.relu(layer(z))
