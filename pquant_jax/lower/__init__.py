@@ -6,9 +6,13 @@ from pquant_jax.lower._estimate import Estimate, estimate
 from pquant_jax.lower._plugin import Finished
 from pquant_jax.lower._trace import trace
 from pquant_jax.lower._verify import forward_outputs, verify
+from pquant_jax.lower.canonical import canonical, difference, same
 from pquant_jax.lower.dead import remove_dead
 from pquant_jax.lower.emulate import emulate
 from pquant_jax.lower.ir import Graph, Node
+from pquant_jax.lower.overflow import overflows, prove_no_overflow
+from pquant_jax.lower.passes import lint, simplify
+from pquant_jax.lower.size import Size, size
 
 __all__ = [
     "Estimate",
@@ -16,11 +20,20 @@ __all__ = [
     "Gap",
     "Graph",
     "Node",
+    "Size",
+    "canonical",
     "check",
+    "difference",
     "emulate",
     "estimate",
     "forward_outputs",
+    "lint",
+    "overflows",
+    "prove_no_overflow",
     "remove_dead",
+    "same",
+    "simplify",
+    "size",
     "trace",
     "verify",
 ]
