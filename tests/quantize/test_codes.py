@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings, strategies as st
 
@@ -180,3 +181,39 @@ def test_the_emulator_has_the_same_integers(method):
     bits = {"binary": 1, "ternary": 2}.get(method)
     if bits is not None:
         assert float(inst.ebops(view)) == bits * (6 * 8 * 8 + 8 * 3 * 7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "make",
+    [
+        pq.quantize.dynamic,
+        ternary,
+        minifloat,
+        lambda sites: pq.quantize.hgq(sites, activations=Format(i=2, f=14, overflow="WRAP")),  # the tables' limit binds
+    ],
+    ids=["dynamic", "ternary", "minifloat", "hgq"],
+)
+def test_a_model_with_tables_is_exact(make):
+    """tanh, softmax and a declared output: every kind of site, calibrated and lowered."""
+    rng = np.random.default_rng(0)
+    shapes = {"a": (4, 5), "b": (5, 3)}
+    params = {n: {"kernel": jnp.float32(rng.normal(0, 0.7, s)), "bias": jnp.zeros(s[1])} for n, s in shapes.items()}
+
+    def forward(p, x):
+        return jax.nn.softmax(jnp.tanh(x @ p["a"]["kernel"] + p["a"]["bias"]) @ p["b"]["kernel"] + p["b"]["bias"])
+
+    x = rng.normal(size=(200, 4)).astype(np.float32) * 2
+    inst = pq.instrument(pq.from_function(forward, params), x[:1], inputs=pq.InputSpec(1, 4, 5), outputs=Format(i=1, f=8))
+    compression = make(inst.sites)
+    tx = pq.optimizer(compression, weights=optax.adam(1e-3))
+    state = pq.train.init_state(inst, compression, tx, seed=0)
+    state = pq.calibrate(inst, compression, state, [inst.encode(x)])
+    view = compression.apply(state.params, pq.state_of(state.opt_state))[0]
+    for name, spec in inst.sites.items():
+        assert not spec.max_bits or np.max(total_bits(view.sites[name])) <= spec.max_bits, name
+    view = view._replace(tables=inst.tables(view, state.model_state))
+    graph = lower.trace(inst, view, state.model_state)
+    inputs = [rng.integers(-512, 512, (300, 4)) / 32.0]
+    emulated = np.concatenate([v.reshape(300, -1) for v in lower.emulate(graph, inputs)], 1)
+    np.testing.assert_array_equal(emulated, lower.forward_outputs(inst, view, state.model_state, inputs))
