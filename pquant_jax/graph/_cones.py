@@ -23,6 +23,7 @@ TRANSCENDENTAL: Final = frozenset(
 )
 _CLOSED: Final = frozenset({"quantize", "mask", "site", "lookup"})
 _UNARY: Final = (ELEMENTWISE | TRANSCENDENTAL) - _CLOSED
+_WITHIN: Final = frozenset({"broadcast_in_dim", "shift_left", "bitcast_convert_type"})  # in calls; the last two: powers of two
 _FOLDABLE: Final = 1 << 22  # elements; a larger constant stays an equation
 
 
@@ -53,7 +54,7 @@ def elementwise_call(eqn: Any) -> bool:
     call = inner(eqn)
     if call is None or not eqn.primitive.name.startswith("custom_"):
         return False
-    return all(s.eqn.primitive.name in _UNARY | {"broadcast_in_dim"} for s in _body(call).steps)
+    return all(s.eqn.primitive.name in _UNARY | _WITHIN for s in _body(call).steps)
 
 
 def _body(call: tuple[Any, Sequence[Any]]) -> Program:

@@ -32,6 +32,7 @@ from pquant_jax.graph._sites import Run, at_site, input_name, module_of, operand
 from pquant_jax.graph._stats import mean_square, output_axes
 from pquant_jax.graph._tables import masked_choice, masked_maximum, masked_sum, quotient, table
 from pquant_jax.graph._values import Value, constant, is_parameter, outputs, prefix
+from pquant_jax.graph._wishes import WISHES, wish
 from pquant_jax.numerics import product, region_name, site_p
 
 
@@ -109,7 +110,7 @@ def _rule(
     eqn = program.steps[n].eqn
     name = eqn.primitive.name
     if eqn.primitive is site_p:
-        return [_named(run, eqn, ins[0])]
+        return [wish(run, eqn, ins[0]) if eqn.params["kind"] in WISHES else _named(run, eqn, ins[0])]
     if alive and region_name(eqn) is None and any(contains_product(sub) for sub in nested(eqn)):
         raise TraceError(f"products inside {name!r} can't be instrumented; unroll it (a Python loop over the steps)")
     if not alive or batch is None:
@@ -203,7 +204,7 @@ def _region(run: Run, eqn: Any, ins: list[Value], batch: int) -> list[Value]:
         last = body.outputs[0]
         return last.value if isinstance(last, Const) else known[last]
 
-    return [table(run, label, x, function, Value(made.val, batch, True, paths=made.paths))]
+    return [table(run, label, x, function, Value(made.val, batch, True, paths=made.paths), declared=True)]
 
 
 def _elementwise_product(run: Run, eqn: Any, name: str, ins: list[Value], batch: int) -> list[Value]:

@@ -18,6 +18,7 @@ from pquant_jax.graph._execute import execute as run_model
 from pquant_jax.graph._models import Model, as_model, check_forward
 from pquant_jax.graph._sites import Run
 from pquant_jax.graph._tables import built_tables
+from pquant_jax.graph._wishes import granted
 from pquant_jax.numerics import kif, oracle, quantize
 
 
@@ -157,6 +158,7 @@ def _discover(execute: Callable, model: Model, shapes: Any) -> Run:
         return y
 
     jax.eval_shape(trace, model.params, model.state, shapes)
+    runs[0].specs.update(granted(runs[0]))
     return runs[0]
 
 

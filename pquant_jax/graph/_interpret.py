@@ -130,11 +130,14 @@ def _only_part(eqn: Any) -> int | None:
 
 
 def _reached(steps: Sequence[Step], outputs: Sequence[int | Const]) -> tuple[Step, ...]:
-    """The steps that the outputs depend on: `instrument` leaves both forms of what it fuses, and one of them is dead."""
+    """The steps that the outputs depend on: `instrument` leaves both forms of what it fuses, and one of them is dead.
+
+    What a model says about a parameter (`site`) is kept: nothing reads it in nnx.
+    """
     needed = {v for v in outputs if isinstance(v, int)}
     kept: list[Step] = []
     for step in reversed(steps):
-        if needed.intersection(step.outs) or step.eqn.effects:
+        if needed.intersection(step.outs) or step.eqn.effects or step.eqn.primitive is site_p:
             kept.append(step)
             needed.update(v for v in step.ins if isinstance(v, int))
     return tuple(reversed(kept))

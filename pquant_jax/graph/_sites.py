@@ -35,6 +35,7 @@ class Run:
     uses: dict[str, int] = field(default_factory=dict)
     asked: dict[str, Any] = field(default_factory=dict)  # {parameter path: the format that the model itself asks for}
     scope: str = ""  # the module of the model that the present equation is in, as far as its framework says so
+    wishes: dict[tuple[str, str], Any] = field(default_factory=dict)  # {(parameter path, role): format}, see `_wishes`
     tables: dict[str, Any] | None = None  # {table: what its function gives on every code}, where `inst.tables` wants it
     fed: dict[str, str] = field(default_factory=dict)  # {table: the site in front of it}
 

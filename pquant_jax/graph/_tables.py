@@ -20,10 +20,10 @@ _TINY: Final = 2.0**-24  # a divisor below it counts as this: 1/0 has no gradien
 _VANISH: Final = frozenset({"exp", "exp2"})  # functions that are 0 at minus infinity
 
 
-def table(run: Run, label: str, x: Value, function: Callable[[Any], Any], original: Value) -> Value:
+def table(run: Run, label: str, x: Value, function: Callable[[Any], Any], original: Value, *, declared: bool = False) -> Value:
     """`function(x)` as a table: quantize(function(quantize(x))), or the entries that the view holds.
 
-    original: what the model's own equations give, for a view that has no format here.
+    original: what the model's own equations give, for a view that has no format here.  declared: label is its whole name.
     """
     masked, x = x.masked, x if x.masked is None else x.masked[1]
     if masked is not None and label not in _VANISH:
@@ -31,7 +31,7 @@ def table(run: Run, label: str, x: Value, function: Callable[[Any], Any], origin
             f"a mask sends values to minus infinity in front of {label!r}; only exp gives 0 there (softmax). "
             "Mask the result instead: jnp.where(mask, y, 0)"
         )
-    name = count(run, joined(home(run, x), label))
+    name = count(run, label if declared else joined(home(run, x), label))
     q = at_site(run, x, f"{name}/input", "input", shared=True, max_bits=MAX_TABLE_BITS)
     source, site = run.view.sites.get(q.site or ""), f"{name}/table"
     run.fed[name] = q.site or ""

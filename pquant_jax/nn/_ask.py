@@ -22,7 +22,7 @@ Quantize = Format | Mapping[str, Format] | None
 
 PRODUCT: Final = ("input", "kernel", "bias")
 FUSED: Final = ("input", "fused_scale", "fused_offset")
-SCALED: Final = ("input", "scale", "bias")
+SCALED: Final = ("scale", "bias")
 
 
 def formats(quantize: Quantize, roles: Sequence[str], extra: Sequence[str], name: str) -> dict[str, Format]:

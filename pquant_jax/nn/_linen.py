@@ -58,7 +58,7 @@ Conv: Any = asking(nn.Conv, _ask.PRODUCT, "kernel")
 ConvTranspose: Any = asking(nn.ConvTranspose, _ask.PRODUCT, "kernel")
 BatchNorm: Any = asking(nn.BatchNorm, _ask.FUSED, "scale")
 LayerNorm: Any = asking(nn.LayerNorm, _ask.SCALED, "scale")
-RMSNorm: Any = asking(nn.RMSNorm, ("input", "scale"), "scale")
+RMSNorm: Any = asking(nn.RMSNorm, ("scale",), "scale")
 
 
 def _asked_sites(module: nn.Module, quantize: _ask.Quantize, function: Callable, *operands: jax.Array) -> jax.Array:

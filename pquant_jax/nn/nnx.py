@@ -45,7 +45,7 @@ Conv: Any = asking(nnx.Conv, _ask.PRODUCT, "kernel")
 ConvTranspose: Any = asking(nnx.ConvTranspose, _ask.PRODUCT, "kernel")
 BatchNorm: Any = asking(nnx.BatchNorm, _ask.FUSED, "scale")
 LayerNorm: Any = asking(nnx.LayerNorm, _ask.SCALED, "scale")
-RMSNorm: Any = asking(nnx.RMSNorm, ("input", "scale"), "scale")
+RMSNorm: Any = asking(nnx.RMSNorm, ("scale",), "scale")
 
 
 class ReluPo2(nnx.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import flax.linen as linen
 import jax
 import jax.numpy as jnp
@@ -22,8 +24,8 @@ LINEN = {
     "Conv": (IMAGE, dict(features=4, kernel_size=(3, 3)), ALL),
     "ConvTranspose": (IMAGE, dict(features=4, kernel_size=(2, 2), strides=(2, 2)), ALL),
     "BatchNorm": (IMAGE, dict(use_running_average=True), {"input": A, "fused_scale": B, "fused_offset": C}),
-    "LayerNorm": (ROW, dict(), {"input": A, "scale": B, "bias": C}),
-    "RMSNorm": (ROW, dict(), {"input": A, "scale": B}),
+    "LayerNorm": (ROW, dict(), {"scale": B, "bias": C}),
+    "RMSNorm": (ROW, dict(), {"scale": B}),
 }
 NNX = {
     "Linear": (ROW, (6, 4), {}, ALL),
@@ -32,8 +34,8 @@ NNX = {
     "Conv": (IMAGE, (3, 4, (3, 3)), {}, ALL),
     "ConvTranspose": (IMAGE, (3, 4, (2, 2)), {"strides": (2, 2)}, ALL),
     "BatchNorm": (IMAGE, (3,), {"use_running_average": True}, {"input": A, "fused_scale": B, "fused_offset": C}),
-    "LayerNorm": (ROW, (6,), {}, {"input": A, "scale": B, "bias": C}),
-    "RMSNorm": (ROW, (6,), {}, {"input": A, "scale": B}),
+    "LayerNorm": (ROW, (6,), {}, {"scale": B, "bias": C}),
+    "RMSNorm": (ROW, (6,), {}, {"scale": B}),
 }
 
 
@@ -135,3 +137,29 @@ def test_wishes_that_no_layer_has_are_errors():
             ),
             ROW,
         )
+
+
+@pytest.mark.parametrize("name", LINEN)
+def test_a_linen_layer_that_asks_has_the_sites_of_the_plain_one(name):
+    x, arguments, wishes = LINEN[name]
+    same_sites(Holder(getattr(linen, name)(**arguments)), Holder(getattr(pq.nn, name)(**arguments, quantize=wishes)), x, wishes)
+
+
+@pytest.mark.parametrize("name", NNX)
+def test_an_nnx_layer_that_asks_has_the_sites_of_the_plain_one(name):
+    x, arguments, options, wishes = NNX[name]
+    plain = getattr(nnx, name)(*arguments, **options, rngs=nnx.Rngs(0))
+    asking = getattr(pq.nn.nnx, name)(*arguments, **options, rngs=nnx.Rngs(0), quantize=wishes)
+    same_sites(NnxHolder(plain), NnxHolder(asking), x, wishes)
+
+
+def same_sites(plain, asking, x, wishes):
+    a, b = (pq.instrument(m, x).sites for m in (plain, asking))
+    assert {n: replace(s, format=None) for n, s in b.items()} == a
+    assert {s.format for s in b.values()} - {None} == set(wishes.values())
+    for role, fmt in wishes.items():  # a general layer's bias is a matrix, so its input is called layer/kernel/input
+        assert [s.format for n, s in b.items() if n.endswith(f"/{role}")] == [fmt]
+
+
+def test_no_wish_no_format():
+    assert all(s.format is None for s in pq.instrument(Holder(pq.nn.Dense(3, prune=0.5)), ROW).sites.values())
