@@ -126,7 +126,7 @@ CLASS: Final = Metric("accuracy", lambda made, y: accuracy.function(made["class"
 
 def padded_mnist() -> pq.data.Dataset:
     """Digits in 32 x 32 pixels with three channels, the shape that ResNet-20 is made for; the channels are shifted copies."""
-    digits = pq.data.mnist(n=600)
+    digits = pq.data.mnist(n=100)
 
     def one(split: pq.data.Split) -> pq.data.Split:
         x = np.pad(split.x, ((0, 0), (2, 2), (2, 2), (0, 0)))
@@ -196,7 +196,7 @@ ENTRIES: Final[dict[str, Entry]] = {
         zoo.smart_pixels, pq.data.pixel_clusters, smart_pixels_formats, epochs=(6, 24, 6), inputs=pq.InputSpec(0, 3, 3)
     ),
     "resnet20": Entry(
-        zoo.resnet20, padded_mnist, paca, epochs=(0, 1, 0), batch=32, inputs=pq.InputSpec(0, 0, 8), rtl=False,
+        zoo.resnet20, padded_mnist, paca, epochs=(0, 1, 1), batch=30, inputs=pq.InputSpec(0, 0, 8), rtl=False,
         refused=("stream",),
     ),
 }  # fmt: skip
