@@ -15,7 +15,7 @@ from pquant_jax.constrain import mdmm, patterns
 from pquant_jax.quantize import Format
 from pquant_jax.train import Metric, accuracy, cross_entropy, mae, squared_error
 
-JETS, PARTICLES = 8000, 8
+JETS, SEARCHED, PARTICLES = 8000, 20_000, 8
 PORT: Final = pq.InputSpec(1, 4, 7)  # 12 bits: particles and features of order 1
 WEIGHTS: Final = Format(i=0, f=6, k=1, overflow="SAT_SYM")
 ACTIVATIONS: Final = Format(i=2, f=5, overflow="WRAP")
@@ -102,6 +102,11 @@ def jets() -> pq.data.Dataset:
     return pq.data.jets(JETS)
 
 
+def background() -> pq.data.Dataset:
+    """Gluons and quarks to train on, all classes to test."""
+    return pq.data.anomalies(SEARCHED)
+
+
 def jet_images(size: int = 8, count: int = 4) -> pq.data.Dataset:
     """Two inputs, an image of the pT in size x size pixels of +-0.8 and the `count` leading particles; targets class and mass."""
     whole, masses = pq.data.particles(), pq.data.jet_masses()
@@ -144,13 +149,13 @@ def auc(scores: np.ndarray, labels: np.ndarray, background: tuple[int, ...] = (0
 
 def reconstruction_auc(outputs: Any, data: pq.data.Dataset) -> float:
     """AUC of t, w, z against g, q, of the squared error with which the jets are reconstructed."""
-    return auc(np.square(np.asarray(outputs) - data.test.x).sum(-1), pq.data.jets(JETS).test.y)
+    return auc(np.square(np.asarray(outputs) - data.test.x).sum(-1), pq.data.jets(SEARCHED).test.y)
 
 
 def latent_auc(outputs: Any, data: pq.data.Dataset) -> float:
     """AUC of t, w, z against g, q, of the score that the hardware computes."""
     del data
-    return auc(np.asarray(outputs)[:, 0], pq.data.jets(JETS).test.y)
+    return auc(np.asarray(outputs)[:, 0], pq.data.jets(SEARCHED).test.y)
 
 
 def no_score(made: Any, x: Any) -> jax.Array:
@@ -184,11 +189,11 @@ ENTRIES: Final[dict[str, Entry]] = {
         loss=squared_error, metric=mae,
     ),
     "autoencoder": Entry(
-        zoo.autoencoder, lambda: pq.data.anomalies(JETS), hgq(), loss=squared_error, metric=RECONSTRUCTION,
+        zoo.autoencoder, background, hgq(1e-7, 1e-6), batch=128, loss=squared_error, metric=RECONSTRUCTION,
         score=reconstruction_auc,
     ),
     "vae": Entry(
-        zoo.vae, lambda: pq.data.anomalies(JETS), hgq(), loss=zoo.vae_loss, metric=RECONSTRUCTION, score=latent_auc,
+        zoo.vae, background, hgq(1e-7, 1e-6), batch=128, loss=zoo.vae_loss, metric=RECONSTRUCTION, score=latent_auc,
         export=lambda model: zoo.vae_encoder(zoo.vae(), model.params),
     ),
     "gru": Entry(lambda: zoo.gru(6), particle_jets(6), hgq()),
