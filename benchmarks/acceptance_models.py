@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gc
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import jax
 from lines import Line, module, pytest_line
 
-GRAPHS: Final = 1000
+GRAPHS, SIMULATED = 1000, 10
 
 
 def zoo_lines() -> Iterator[Line]:
@@ -24,38 +26,53 @@ def zoo_lines() -> Iterator[Line]:
 
 
 def fuzz_lines() -> Iterator[Line]:
-    """Random graphs."""
-    counts: dict[str, Any] = module("fuzz_graphs").run(GRAPHS, 0)
-    figure = ", ".join(f"{key} {value}" for key, value in counts.items() if not isinstance(value, dict) or len(value) < 6)
+    """Random graphs of every op."""
+    counts: dict[str, Any] = module("fuzz_graphs").run(GRAPHS, 0, rtl=SIMULATED)
+    keys = ("mismatches", "outputs", "simulated", "failed", "refused", "nonzero", "varying", "overflow", "seconds")
+    figure = ", ".join(f"{key} {counts[key]}" for key in keys)
     yield Line(f"fuzz: {GRAPHS:,} random graphs, 0 mismatches", figure, bool(counts["holds"]))
 
 
 def same_ir_lines() -> Iterator[Line]:
     """One model in several words."""
-    yield pytest_line("linen, nnx, equinox, plain, and direct style against instrumented: identical IR", "tests", "-k", "same_ir")
+    where = ("tests/nn/test_same_ir.py", "-k", "same_ir")
+    yield pytest_line("linen, nnx, equinox, plain; direct and instrumented: identical IR", *where)
 
 
 def ebops_lines() -> Iterator[Line]:
     """Costs."""
-    yield pytest_line("EBOPs of HGQ2's layers, exact", "tests/graph", "tests/quantize", "-k", "golden or hgq2")
+    yield pytest_line("EBOPs of HGQ2's layers, exact", "tests/graph/test_ebops.py", "tests/graph/test_ebops_hgq2.py")
 
 
 def scan_lines() -> Iterator[Line]:
     """The precision scan."""
-    yield pytest_line("precision scan 8 x 8: one compilation, every point as quantize.fixed", "tests/search/test_scan.py")
-    yield pytest_line("precision scan: its pictures", "tests/report", "-k", "scan")
+    tests = "tests/search/test_scan.py"
+    yield pytest_line("precision scan 8 x 8: one compilation", tests, "-k", "one_trace")
+    yield pytest_line("precision scan: monotone, the widest is the float model", tests, "-k", "wider_is_better")
+    yield pytest_line("precision scan: every point bitwise quantize.fixed", tests, "-k", "bitwise")
+    yield pytest_line("precision scan: its pictures", "tests/report/test_report_scan.py")
 
 
 def table_lines() -> Iterator[Line]:
-    """Layers of trained tables on the jets."""
-    yield from (Line(*line) for line in module("bench_tables").lines())
+    """Layers of trained tables on the jets, beside HGQ."""
+    tables = module("bench_tables")
+    report = tables.run()
+    with tempfile.TemporaryDirectory() as folder:
+        tables.picture(report, picture := Path(folder) / "tables.png")
+        drawn = picture.stat().st_size
+    points = [f"{p['accuracy']:.4f} at {p['cost']:,.0f}" for p in report["rows"]["tables"]["points"]]
+    figure = (
+        f"{report['mismatches']} integers differ; tables {', '.join(points)}; multipliers cost {report['ratio']:.2f} times as"
+    )
+    figure += f" much at {report['level']:.4f}; picture of {drawn:,} bytes"
+    yield Line("trained tables on jets: 0 mismatches, accuracy over LUTs drawn", figure, bool(report["holds"]) and drawn > 0)
 
 
 def site_lines() -> Iterator[Line]:
     """What a user sees of the sites."""
     yield pytest_line("pq.template: read back it is the quantizer, an edit changes that site", "tests/quantize", "-k", "template")
-    yield pytest_line("pq.check on 20 graphs", "tests", "-k", "test_check_graphs or check_on")
-    yield pytest_line("all sites off: bitwise the original", "tests", "-k", "sites_off")
+    yield pytest_line("pq.check: every gap named, on 20 graphs", "tests/lower/test_check.py")
+    yield pytest_line("all sites off: bitwise the original", "tests/graph", "-k", "sites_off")
 
 
 def overflow_lines() -> Iterator[Line]:

@@ -101,7 +101,7 @@ def vae(features: int = 16, hidden: Sequence[int] = (12,), latent: int = 4) -> V
     return VAE(features, tuple(hidden), latent)
 
 
-def vae_loss(made: dict[str, jax.Array], x: jax.Array, weight: float = 0.05) -> jax.Array:
+def vae_loss(made: dict[str, jax.Array], x: jax.Array, weight: float = 0.01) -> jax.Array:
     """Mean squared error of the reconstruction + `weight` * divergence, per sample (n,).
 
     >>> vae_loss({"reconstruction": jnp.zeros((1, 2)), "divergence": jnp.ones((1, 1))}, jnp.ones((1, 2)), 0.5).tolist()

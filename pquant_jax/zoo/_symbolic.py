@@ -25,7 +25,7 @@ def scores(params: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
     top = p["t_slope"] * mass + p["t_cross"] * (mass * c2)
     w_boson = p["w_width"] * jnp.exp(-jnp.square(mass + p["w_centre"])) - zlogz * c1
     z_boson = p["z_width"] * jnp.exp(-jnp.square(mass + p["z_centre"])) - count
-    return jnp.stack([gluon, quark, top, w_boson, z_boson], axis=-1)
+    return jnp.concatenate([score[:, None] for score in (gluon, quark, top, w_boson, z_boson)], axis=-1)
 
 
 def symbolic() -> Model:

@@ -120,9 +120,14 @@ def test_the_masses_of_w_z_and_t_are_in_order(whole):
 
 
 def test_anomalies_learn_the_background_alone():
-    found, jets = data.anomalies(1_000), data.jets(1_000)
-    background = np.isin(jets.train.y, (0, 1))
-    np.testing.assert_array_equal(found.train.x, jets.train.x[background])
-    np.testing.assert_array_equal(found.test.x, jets.test.x)
+    found, jets = data.anomalies(5_000), data.jets(5_000)
+    background = [np.isin(part.y, (0, 1)) for part in (jets.train, jets.val)]
+    assert [len(found.train.y), len(found.val.y), len(found.test.y)] == [*(b.sum() for b in background), 1_000]
     for split in (found.train, found.val, found.test):
         np.testing.assert_array_equal(split.x, split.y)
+        assert np.abs(split.x).max() <= 8
+    between = np.abs(np.corrcoef(found.train.x.T))[np.triu_indices(16, 1)]
+    assert np.median(between) < 0.05 < np.median(np.abs(np.corrcoef(jets.train.x.T))[np.triu_indices(16, 1)])
+    far = np.square(found.test.x).sum(1)
+    signal = ~np.isin(jets.test.y, (0, 1))
+    assert np.median(far[signal]) > np.median(far[~signal])
