@@ -21,6 +21,7 @@ from pquant_jax.graph._calls import (
     nested as nested,
     unroll,
 )
+from pquant_jax.numerics import site_p
 
 
 class Const(NamedTuple):
