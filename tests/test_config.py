@@ -96,7 +96,7 @@ MISTAKES: list[tuple[Any, list[str], str]] = [
     ({"learning_rate": 1}, [], "unknown key 'learning_rate'; did you mean 'training.learning_rate'?"),
     ({"quantization": {"method": "hgq", "weights": {"bitz": 1}}}, [], "unknown key 'quantization.weights.bitz'; known: f,"),
     ({"quantization": {"method": "hgq", "rules": [{"where": "a", "g": 1}]}}, [], "unknown key 'quantization.rules.0.g'"),
-    ({"quantization": {"method": "fixed", "beta": 1}}, [], "'quantization.beta'; it belongs to method 'hgq', this is 'fixed'"),
+    ({"quantization": {"method": "fixed", "beta": 1}}, [], "'quantization.beta'; it belongs to method 'hgq' or 'minifloat', this is 'fixed'"),
     ({"pruning": {"method": "dts"}}, [], "'pdp', 'random' or 'wanda'; did you mean 'dst'?"),
     ({"pruning": {"alpha": 1}}, [], "pruning.method is missing, expected 'ap', 'autosparse', 'cs', 'dst'"),
     ({"pruning": {"method": "cs", "alpha": 1}}, [], "'pruning.alpha'; it belongs to method 'autosparse' or 'dst', this is 'cs'"),
@@ -213,7 +213,7 @@ def test_schema_describes_every_key():
     assert set(schema["properties"]) == set(config.Experiment.model_fields)
     assert all(not s["additionalProperties"] for s in sections.values())
     assert all("description" in s for s in sections.values())
-    assert schema["$defs"]["HGQ"]["properties"]["beta"]["minimum"] == 0
+    assert schema["$defs"]["HGQ"]["properties"]["beta"]["anyOf"][0]["minimum"] == 0
     assert "required" not in schema["$defs"]["Bits"], "an editor would ask for what has a default"
 
 

@@ -68,4 +68,4 @@ def _checked(value: Any) -> Any:
 
 
 Pieces = list[tuple[float, float, Literal["constant", "linear", "log"]]]
-BetaValue = Annotated[Any, BeforeValidator(_checked, json_schema_input_type=float | Pieces | Target)]
+BetaValue = Annotated[Any, BeforeValidator(_checked, json_schema_input_type=NotNegative | Pieces | Target)]

@@ -70,7 +70,7 @@ def trace_into(graph: Graph, ports: Sequence[Any], *, solver_options: Mapping[st
     """
     from da4ml.trace import FixedVariableArray, comb_trace
 
-    from pquant_jax.lower.backends import da4ml
+    from pquant_jax.lower.backends import _netlist as netlist, da4ml
 
     da4ml.check_supported(graph)
     graph = remove_dead(graph)
@@ -78,15 +78,15 @@ def trace_into(graph: Graph, ports: Sequence[Any], *, solver_options: Mapping[st
     shapes, wanted = [tuple(p.shape) for p in ports], [graph.nodes[j].shape for j in graph.inputs]
     if shapes != wanted:
         raise LoweringError(f"the model has input ports of shape {wanted}, got {shapes}; give one array per port, without batch")
-    circuit = da4ml._Circuit(ports[0].hwconf, solver_options)
-    with da4ml._exact_da4ml("tracing"):
+    circuit = netlist.Circuit(ports[0].hwconf, solver_options)
+    with da4ml.exact_da4ml("tracing"):
         entered = {j: _enter(graph.nodes[j], p) for j, p in zip(graph.inputs, ports, strict=True)}
-        values = da4ml._trace(graph, known, circuit, entered)
+        values = netlist.variables(graph, known, circuit, entered)
         named = {node.name: v for node, v in zip(graph.nodes, values, strict=True) if node.op == "quantize" and node.name}
         named |= {f"output/{n}": values[j] for n, j in enumerate(graph.outputs)}
-        made = {n: np.array([da4ml._variable(v, circuit) for v in a.ravel()], object).reshape(a.shape) for n, a in named.items()}
+        made = {n: np.array([netlist.variable(v, circuit) for v in a.ravel()], object).reshape(a.shape) for n, a in named.items()}
         outputs = [v for n in range(len(graph.outputs)) for v in made[f"output/{n}"].ravel()]
-        da4ml._check_rounded(comb_trace([v for p in ports for v in p._vars.ravel()], outputs))
+        da4ml.check_constants_kept(comb_trace([v for p in ports for v in p._vars.ravel()], outputs))
     return {name: FixedVariableArray(v, circuit.solver_options, hwconf=circuit.hwconf) for name, v in made.items()}
 
 
@@ -94,13 +94,13 @@ def _enter(node: Node, port: Any) -> np.ndarray:
     """The values of a da4ml array in the format of the input `node`."""
     from da4ml.trace import FixedVariableArrayInput
 
-    from pquant_jax.lower.backends import da4ml
+    from pquant_jax.lower.backends import _netlist as netlist
 
     k, i, f = (np.broadcast_to(np.asarray(node.attrs[a], np.int64), node.shape) for a in "kif")
     if isinstance(port, FixedVariableArrayInput):
-        return da4ml._objects(port.quantize(k, i, f)._vars.ravel().tolist(), node.shape)
+        return netlist.objects(port.quantize(k, i, f)._vars.ravel().tolist(), node.shape)
     low, high, step = (np.array([float(getattr(v, a)) for v in port._vars.ravel()]) for a in ("low", "high", "step"))
     fraction = np.where(low == high, 0, -np.log2(step)).astype(np.int64)
     known = Interval(*(v.reshape(node.shape) for v in (low, high, fraction)))
     attrs = {"k": k, "i": i, "f": f, "rounding": "RND", "overflow": "SAT"}
-    return da4ml._quantize_array(Node("quantize", (0,), node.shape, attrs), port._vars, known)
+    return netlist.quantize_array(Node("quantize", (0,), node.shape, attrs), port._vars, known)

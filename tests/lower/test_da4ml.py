@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pquant_jax._errors import LoweringError
+from pquant_jax.lower.backends import _scalars
 from pquant_jax.lower.backends.da4ml import RTLInfo, check_supported, predict, to_comb, write_rtl
 from pquant_jax.lower.emulate import emulate, flatten_batch, port_grid
 from pquant_jax.lower.ir import Graph, Node, validate
@@ -110,6 +111,38 @@ def test_scalars_and_higher_ranks():
     fixed = node(nodes, "dot", (const(nodes, kernel(rng, (2, 2, 1))), product), (2, 2, 3))
     graph = validate(Graph(tuple(nodes), (x, y), (fixed, product, x)))
     compare(graph, rng)
+
+
+def far_apart() -> Graph:
+    """A product of 30 bits, negated, whose sign (a bit of weight 2^10) is added to its last bit (2^-16)."""
+    nodes: list[Node] = []
+    x = node(nodes, "input", (), (2,), k=1, i=7, f=8)
+    a, b = (node(nodes, "take", (x,), (1,), index=np.array([j])) for j in (0, 1))
+    y = node(nodes, "neg", (node(nodes, "mul", (a, b)),))
+    at = {key: np.array([v]) for key, v in (("k", 1), ("i", 12), ("f", -8))}
+    q = node(nodes, "quantize", (y,), rounding="RND_ZERO", overflow="SAT_SYM", **at)
+    return validate(Graph(tuple(nodes), (x,), (q,)))
+
+
+def test_powers_of_two_that_are_far_apart():
+    """da4ml's own order would count everything in 2^32 and lose the bounds of the clip: found by benchmarks/fuzz_graphs.py."""
+    compare(far_apart(), np.random.default_rng(10), 500)
+
+
+def test_a_multiplexer_that_da4ml_would_misalign_is_refused(monkeypatch):
+    monkeypatch.setattr(_scalars, "MAX_APART", 1000)  # da4ml's own order
+    with pytest.raises(LoweringError, match="would misalign a multiplexer.*more than 31 apart"):
+        to_comb(far_apart())
+
+
+def test_select_takes_any_value_but_zero_for_true():
+    rng = np.random.default_rng(11)
+    nodes: list[Node] = []
+    x = node(nodes, "input", (), (4,), k=1, i=2, f=1)
+    bit = node(nodes, "gt", (x, const(nodes, np.zeros(4))))
+    conditions = (x, node(nodes, "neg", (bit,)), node(nodes, "add", (bit, bit)), node(nodes, "abs", (x,)))
+    chosen = [node(nodes, "select", (c, const(nodes, [1.0, 0.0, 2.0, -1.0]), x)) for c in conditions]
+    compare(validate(Graph(tuple(nodes), (x,), tuple(chosen))), rng)
 
 
 def one_quantizer(**changes) -> Graph:

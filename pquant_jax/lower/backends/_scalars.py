@@ -31,10 +31,23 @@ import numpy as np
 from pquant_jax.lower.ranges import least_f
 from pquant_jax.numerics.oracle import quantize
 
+MAX_APART: Final = 12  # binary orders of magnitude between two operands
+
 
 def add(a: Any, b: Any) -> Any:
-    """a + b."""
-    return b + a if isinstance(a, float) else a + b
+    """a + b.
+
+    The result counts in the power of two of the first positive operand.  Where they are far apart that has to be the one
+    nearer to 1: constants that meet the result later are stored relative to it, and da4ml has 31 bits on either side.
+    """
+    if isinstance(a, float) or isinstance(b, float):
+        return b + a if isinstance(a, float) else a + b
+    ours, theirs = (abs(math.log2(abs(v._factor))) for v in (a, b))
+    if abs(ours - theirs) <= MAX_APART:
+        return a + b
+    if theirs < ours:
+        a, b = b, a
+    return neg(neg(a) + neg(b)) if a._factor < 0 < b._factor else a + b
 
 
 def mul(a: Any, b: Any) -> Any:
@@ -112,9 +125,11 @@ def differ(a: Any, b: Any) -> Any:
 
 
 def select(cond: Any, on_false: Any, on_true: Any, bounds: tuple[float, float, float] | None = None) -> Any:
-    """`cond` is 0 or 1, hence its most significant bit is its only one; `bounds`: (low, high, step) if known better."""
+    """`on_true` where `cond` is not 0; `bounds`: (low, high, step) if known better than da4ml sees."""
     if isinstance(cond, float):
         return on_true if cond else on_false
+    if cond.low < 0 or cond.high > 1 or cond.step < 1:  # a multiplexer looks at the most significant bit alone
+        cond = differ(cond, 0.0)
     if isinstance(on_true, float) and isinstance(on_false, float):
         return add(mul(cond, on_true - on_false), on_false)
     if cond.opr == "wrap":  # da4ml would look through it at a wider key, whose sign its interpreter misreads

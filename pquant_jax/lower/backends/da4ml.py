@@ -1,4 +1,4 @@
-"""`Graph` -> da4ml netlist -> Verilog or VHDL.  Only this module and `lower._plugin` import da4ml, inside functions.
+"""`Graph` -> da4ml netlist -> Verilog or VHDL.  Only this folder and `lower._plugin` import da4ml, in functions.
 
 Every scalar of the graph becomes a da4ml variable or, where `ranges.intervals` proves it constant, a Python float; the
 operators on them are in `_scalars`.  All rounding and overflow modes are exact: da4ml offers TRN and RND with WRAP, SAT
@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 
 from pquant_jax._errors import LoweringError, did_you_mean
-from pquant_jax.lower.backends import _scalars as ops
+from pquant_jax.lower.backends._netlist import Circuit, variable, variables
 from pquant_jax.lower.dead import remove_dead
-from pquant_jax.lower.ir import Graph, Node, label
+from pquant_jax.lower.ir import Graph, label
 from pquant_jax.lower.passes import simplify
 from pquant_jax.lower.ranges import Interval, check_exact, intervals, least_f, quantize_acts
-from pquant_jax.numerics.oracle import OVERFLOWS, ROUNDINGS, quantize
+from pquant_jax.numerics.oracle import OVERFLOWS, ROUNDINGS
 
 if TYPE_CHECKING:
     from da4ml.types import CombLogic
@@ -60,13 +60,6 @@ class RTLInfo(NamedTuple):
     latency_units: float
     inp_kifs: np.ndarray
     out_kifs: np.ndarray
-
-
-class _Circuit(NamedTuple):
-    """What the scalar helpers need to build da4ml variables."""
-
-    hwconf: Any
-    solver_options: Any
 
 
 def check_supported(graph: Graph) -> list[Interval]:
@@ -146,28 +139,47 @@ def to_comb(
     from da4ml.trace import comb_trace
     from da4ml.trace.fixed_variable import HWConfig
 
-    circuit = _Circuit(HWConfig(*map(int, hwconf[:2]), latency_cutoff=hwconf[2]), solver_options)
-    with _exact_da4ml("tracing"):
-        values = _trace(graph, known, circuit)
+    circuit = Circuit(HWConfig(*map(int, hwconf[:2]), latency_cutoff=hwconf[2]), solver_options)
+    with exact_da4ml("tracing"):
+        values = variables(graph, known, circuit)
         ports = [v for j in graph.inputs for v in values[j].ravel()]
-        outputs = [_variable(v, circuit) for j in graph.outputs for v in values[j].ravel()]
-        comb = comb_trace([_variable(v, circuit) for v in ports], outputs)
-    _check_rounded(comb)
+        outputs = [variable(v, circuit) for j in graph.outputs for v in values[j].ravel()]
+        comb = comb_trace([variable(v, circuit) for v in ports], outputs)
+    check_constants_kept(comb)
     return comb
 
 
-def _check_rounded(comb: CombLogic) -> None:
-    """Constants are stored relative to the power of two that their neighbour carries, and may lose bits there."""
+def check_constants_kept(comb: CombLogic) -> None:
+    """Constants are stored relative to the power of two that their neighbour carries, and may lose bits on either side."""
     rounded = [op.qint.min for op in comb.ops if op.opcode == 5 and op.data * op.qint.step != op.qint.min]
     if rounded:
         raise LoweringError(
             f"da4ml would round {len(rounded)} constants, such as {rounded[0]!r}: it stores {MAX_FRACTION + 1} fractional bits; "
             "use fewer fractional bits in the quantizers whose bounds or kernels these are"
         )
+    _check_alignment(comb)
+
+
+def _check_alignment(comb: CombLogic) -> None:
+    """A multiplexer can't shift its operands to the right, and a constant has no step above 2^31 relative to its neighbour."""
+    from da4ml.types import minimal_kif
+
+    for op in comb.ops:
+        if abs(op.opcode) != 6:
+            continue
+        shift = (int(op.data) >> 32) & 0xFFFFFFFF
+        shift -= (shift >= 1 << 31) << 32
+        for operand, moved in ((op.id0, 0), (op.id1, shift)):
+            q = comb.ops[operand].qint  # zero may lie anywhere
+            if (q.min or q.max) and minimal_kif(op.qint)[2] + moved < minimal_kif(q)[2]:
+                raise LoweringError(
+                    "da4ml would misalign a multiplexer whose operands' powers of two are more than 31 apart; use narrower "
+                    "quantizers (fewer fractional bits where values are large)"
+                )
 
 
 @contextmanager
-def _exact_da4ml(doing: str) -> Iterator[None]:
+def exact_da4ml(doing: str) -> Iterator[None]:
     """da4ml signals every limit with an assertion: say which one it is."""
     try:
         with decimal.localcontext() as context:
@@ -181,128 +193,6 @@ def _exact_da4ml(doing: str) -> Iterator[None]:
         elif isinstance(error, RecursionError):
             hint = "the netlist is too deep for da4ml; split the model"
         raise LoweringError(f"da4ml failed while {doing} ({type(error).__name__}: {text or 'no message'}): {hint}") from error
-
-
-def _trace(
-    graph: Graph, known: Sequence[Interval], circuit: _Circuit, ports: Mapping[int, np.ndarray] | None = None
-) -> list[np.ndarray]:
-    """Per node an object array of its shape that holds da4ml variables and, for constants, floats."""
-    values: list[np.ndarray] = []
-    for index, (node, own) in enumerate(zip(graph.nodes, known, strict=True)):
-        if ports and index in ports:
-            values.append(ports[index])
-            continue
-        constant = own.low == own.high
-        if constant.all() and node.op != "input":
-            values.append(own.low.astype(object))
-            continue
-        ins = [values[j] for j in node.inputs]
-        value = _operation(node, ins, [known[j] for j in node.inputs], circuit)
-        if value.shape != node.shape:
-            raise LoweringError(f"{label(graph, index)}: netlist of shape {value.shape}, expected {node.shape}")
-        values.append(np.where(constant, own.low.astype(object), value) if node.op != "input" else value)
-    return values
-
-
-def _operation(node: Node, ins: list[np.ndarray], ranges: list[Interval], circuit: _Circuit) -> np.ndarray:
-    op = node.op
-    if op == "input":
-        return _port(node, circuit)
-    if op == "quantize":
-        return _quantize_array(node, ins[0], ranges[0])
-    if op == "table":
-        return _table_array(node, ins[0], ranges[0])
-    if op == "take":
-        index = np.asarray(node.attrs["index"])
-        return np.append(ins[0].ravel(), 0.0)[index.ravel()].reshape(index.shape)
-    if op == "concat":
-        return np.concatenate([v.ravel() for v in ins])
-    if op == "dot":
-        return _dot(ins[0], ins[1], circuit)
-    if op in ("sum", "amax", "amin"):
-        scalar = {"sum": ops.add, "amax": ops.maximum, "amin": ops.minimum}[op]
-        return _objects([ops.reduce_tree(scalar, row) for row in ins[0]], node.shape)
-    scalar = ops.SCALAR[op]
-    return _objects([scalar(*operands) for operands in zip(*(v.ravel() for v in ins), strict=True)], node.shape)
-
-
-def _objects(items: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
-    out = np.empty(len(items), object)
-    out[:] = [ops.fold(v) for v in items]
-    return out.reshape(shape)
-
-
-def _port(node: Node, circuit: _Circuit) -> np.ndarray:
-    from da4ml.trace import FixedVariableArray
-
-    k, i, f = (np.broadcast_to(np.asarray(node.attrs[a], np.int64), node.shape) for a in "kif")
-    return FixedVariableArray.from_kif(k, i, f, hwconf=circuit.hwconf)._vars.reshape(node.shape)
-
-
-def _variable(value: Any, circuit: _Circuit) -> Any:
-    from da4ml.trace.fixed_variable import FixedVariable
-
-    return value if not isinstance(value, float) else FixedVariable.from_const(value, hwconf=circuit.hwconf)
-
-
-def _dot(a: np.ndarray, c: np.ndarray, circuit: _Circuit) -> np.ndarray:
-    """Batched product (b,m,k) x (b,k,n): constant operands go through da4ml's matrix solver, row by row."""
-    from da4ml.trace import FixedVariableArray
-
-    def plain(m: np.ndarray) -> bool:
-        return all(isinstance(v, float) for v in m.ravel())
-
-    def rows(left: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-        array = FixedVariableArray(np.ascontiguousarray(left), circuit.solver_options, hwconf=circuit.hwconf)
-        return (array @ matrix.astype(np.float64))._vars
-
-    out = np.empty((a.shape[0], a.shape[1], c.shape[2]), object)
-    for b in range(a.shape[0]):
-        if plain(a[b]) and plain(c[b]):
-            out[b] = a[b].astype(np.float64) @ c[b].astype(np.float64)
-        elif plain(c[b]):
-            out[b] = rows(a[b], c[b])
-        elif plain(a[b]):
-            out[b] = rows(c[b].T, a[b].T).T
-        else:
-            for m, n in np.ndindex(out.shape[1:]):
-                out[b, m, n] = ops.reduce_tree(ops.add, [ops.mul(x, y) for x, y in zip(a[b, m], c[b, :, n], strict=True)])
-    return out
-
-
-def _quantize_array(node: Node, x: np.ndarray, known: Interval) -> np.ndarray:
-    """Per element; a mode that can't act on the element's interval is replaced by the cheapest (TRN, WRAP)."""
-    rounds, overflows = quantize_acts(node, known)
-    k, i, f = (np.asarray(node.attrs[a]).astype(np.int64).ravel().tolist() for a in "kif")
-    rounding, overflow = str(node.attrs["rounding"]), str(node.attrs["overflow"])
-    out: list[Any] = []
-    for j, v in enumerate(x.ravel()):
-        if isinstance(v, float) or k[j] + i[j] + f[j] <= 0:
-            out.append(
-                float(quantize(v, k[j], i[j], f[j], rounding=rounding, overflow=overflow)) if isinstance(v, float) else 0.0
-            )
-            continue
-        if rounds.ravel()[j]:
-            v = ops.round_to(v, f[j], int(known.f.ravel()[j]), rounding)
-        out.append(ops.clip(v, k[j], i[j], f[j], overflow if overflows.ravel()[j] else "WRAP"))
-    return _objects(out, node.shape)
-
-
-def _table_array(node: Node, x: np.ndarray, known: Interval) -> np.ndarray:
-    """Per element, a table of the entries that its input can reach."""
-    k, i, f = (np.asarray(node.attrs[key]).astype(np.int64).ravel().tolist() for key in "kif")
-    codes, which, f_out = np.asarray(node.attrs["codes"]), np.ravel(node.attrs["which"]), np.asarray(node.attrs["f_out"])
-    low, high, fx = (v.ravel().tolist() for v in known)
-    out: list[Any] = []
-    for j, v in enumerate(x.ravel()):
-        row, zero = codes[which[j]], k[j] << max(i[j] + f[j], 0) if k[j] + i[j] + f[j] > 0 else 0
-        grid, scale = f[j], -int(f_out[which[j]])
-
-        def read(points: np.ndarray, row=row, zero=zero, grid=grid, scale=scale) -> np.ndarray:
-            return np.ldexp(row[np.ldexp(points, grid).astype(np.int64) + zero].astype(np.float64), scale)
-
-        out.append(ops.lookup(v, read, low[j], high[j], fx[j]))
-    return _objects(out, node.shape)
 
 
 def predict(comb: CombLogic, x: np.ndarray) -> np.ndarray:
@@ -357,7 +247,7 @@ def write_rtl(
 
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        with _exact_da4ml("writing RTL"):
+        with exact_da4ml("writing RTL"):
             pipe = to_pipeline(comb, latency_cutoff, verbose=False) if latency_cutoff > 0 else None
             model = RTLModel(pipe or comb, name, partial, flavor=flavor, print_latency=False)
             model.write()
