@@ -240,12 +240,13 @@ def _read(run: _Run, step: Step, ins: list[_Bits], out: _Bits) -> None:
 
 def _region(eqn: Any, ins: list[_Bits], out: _Bits) -> None:
     """A declared table; with parameters inside it is an edge of a layer of trained tables."""
-    if not ins[0].data:
+    x = next((v for v in ins if v.data), None)  # what a function closes over comes in front of its arguments
+    if x is None:
         return
     label = region_name(eqn) or ""
-    if ins[0].bits is None:
-        raise TraceError(f"the table {label!r}: the bits of its input of shape {np.shape(ins[0].val)} are unknown; quantize it")
-    _enter(ins[0], out, "edge" if any(jnp.ndim(v.val) for v in ins[1:]) else "table")
+    if x.bits is None:
+        raise TraceError(f"the table {label!r}: the bits of its input of shape {np.shape(x.val)} are unknown; quantize it")
+    _enter(x, out, "edge" if any(jnp.ndim(v.val) for v in ins if v is not x) else "table")
     out.name = label
 
 

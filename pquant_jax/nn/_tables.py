@@ -9,7 +9,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pquant_jax.nn import _edges
+from pquant_jax.nn import _ask, _edges
+from pquant_jax.numerics import site
+
+_OPTIONS = ("hidden", "depth", "use_bias", "batch_norm", "momentum", "quantize")
 
 
 class TableDense(nn.Module):
@@ -17,6 +20,7 @@ class TableDense(nn.Module):
 
     x (..., n) -> (..., features).  An edge is a network 1 -> hidden -> 1 of tanh with `depth` hidden layers while it is
     trained and one lookup table in hardware.  batch_norm: normalise the sums; the scale goes into the tables.
+    quantize: a `Format`, or one per role of input, table: both ends of every edge.
 
     >>> layer = TableDense(3, batch_norm=True)
     >>> jax.eval_shape(layer.init_with_output, jax.random.key(0), jnp.ones((4, 2)))[0].shape
@@ -29,13 +33,16 @@ class TableDense(nn.Module):
     use_bias: bool = True
     batch_norm: bool = False
     momentum: float = 0.99
+    quantize: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """train: with batch_norm, normalise with the statistics of this batch."""
         fan_in, name = x.shape[-1], "/".join(self.path) or type(self).__name__
         _edges.check_sizes(name, features=self.features, hidden=self.hidden, depth=self.depth)
-        edges = self.param("edges", _edges.init_edges, fan_in, self.features, self.hidden, self.depth)
+        edges = dict(self.param("edges", _edges.init_edges, fan_in, self.features, self.hidden, self.depth))
+        for role, fmt in _ask.formats(self.quantize, ("input", "table"), (), name).items():
+            edges["slope"] = site(edges["slope"], f"/{name}/{role}", "format", fmt)
         if not self.batch_norm:
             y = _edges.table_sum(x, edges, name)
             return y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32) if self.use_bias else y
@@ -75,6 +82,7 @@ class TableConv(nn.Module):
     use_bias: bool = True
     batch_norm: bool = False
     momentum: float = 0.99
+    quantize: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -82,5 +90,5 @@ class TableConv(nn.Module):
         rank = x.ndim - 2
         size, strides = (_edges.pair(v, rank, n) for n, v in (("kernel_size", self.kernel_size), ("strides", self.strides)))
         seen = _edges.windows(x, size, strides, self.padding)
-        options: dict[str, Any] = {n: getattr(self, n) for n in ("hidden", "depth", "use_bias", "batch_norm", "momentum")}
+        options: dict[str, Any] = {n: getattr(self, n) for n in _OPTIONS}
         return TableDense(self.features, **options, name="TableDense")(seen, train)

@@ -10,6 +10,9 @@ import pytest
 from flax import nnx
 
 import pquant_jax as pq
+from pquant_jax import lower
+from pquant_jax.lower.backends import da4ml
+from pquant_jax.lower.emulate import emulate, flatten_batch, port_grid
 from pquant_jax.nn import _edges
 
 
@@ -86,3 +89,54 @@ def test_one_layer_learns_what_no_linear_layer_can():
         return jax.lax.scan(step, (p, tx.init(p)), length=400)[0][0]
 
     assert float(loss(train(params))) < 0.02 * float(jnp.var(y))
+
+
+def finished(layer, x, rules=()):
+    """(inst, view with its tables, graph) at fixed formats."""
+    inst = pq.instrument(layer, x, inputs=pq.InputSpec(1, 1, 2))
+    F = pq.quantize.Format
+    compression = pq.quantize.fixed(inst.sites, weights=F(1, 5, 1), activations=F(1, 2, 1), rules=rules, tables=F(0, 5, 1))
+    params = compression.attach(inst.model.params)
+    view = compression.apply(params, compression.init(params))[0]
+    view = view._replace(tables=inst.tables(view, inst.model.state))
+    return inst, view, lower.trace(inst, view, inst.model.state)
+
+
+@pytest.mark.parametrize("kind", ["dense", "dense batch norm", "conv", "nnx"])
+def test_every_edge_is_one_table_in_hardware(kind):
+    """JAX, emulator and da4ml on every code of the port, or many of them; the tables hold what the layer computes."""
+    x = np.zeros((1, 5, 2), np.float32) if kind == "conv" else np.zeros((1, 3), np.float32)
+    layer = {
+        "dense": pq.nn.TableDense(2, hidden=2),
+        "dense batch norm": pq.nn.TableDense(2, hidden=2, batch_norm=True),
+        "conv": pq.nn.TableConv(2, (2,), hidden=2),
+        "nnx": pq.nn.nnx.TableDense(3, 2, name="tables", hidden=2, rngs=nnx.Rngs(0)),
+    }[kind]
+    inst, view, graph = finished(layer, x)
+    sizes = {n: s.shape for n, s in inst.sites.items() if s.kind == "table"}
+    home = {"conv": "TableDense", "nnx": "tables"}.get(kind, "TableDense")
+    assert sizes == {f"{home}/table": (4, 4, 2) if kind == "conv" else (3, 2)}
+    assert sum(n.op == "table" for n in graph.nodes) == 1
+    inputs = port_grid(graph, 400, np.random.default_rng(0))
+    expected = flatten_batch(emulate(graph, inputs))
+    assert len(np.unique(expected)) > 10
+    np.testing.assert_array_equal(lower.forward_outputs(inst, view, inst.model.state, inputs), expected)
+    np.testing.assert_array_equal(da4ml.predict(da4ml.to_comb(graph), flatten_batch(inputs)), expected)
+    exact = inst.model.forward(inst.model.params, inst.model.state, jnp.asarray(inputs[0], jnp.float32), train=False, rng=None)[0]
+    steps = 4 if kind == "conv" else 3
+    np.testing.assert_allclose(expected, flatten_batch([np.asarray(exact)]), atol=2.0**-6 * steps + 2.0**-5)
+
+
+def test_an_edge_without_bits_is_not_built():
+    F = pq.quantize.Format
+    whole = finished(pq.nn.TableDense(2, hidden=2), np.zeros((1, 3), np.float32))
+    none = finished(pq.nn.TableDense(2, hidden=2), np.zeros((1, 3), np.float32), rules=[(".*/table", F(0, 0, 0))])
+    assert float(whole[0].ebops(whole[1])) > 0 and float(none[0].ebops(none[1])) == 0
+    assert da4ml.to_comb(none[2]).cost == 0
+
+
+def test_the_ends_of_the_edges_can_be_asked_for():
+    F = pq.quantize.Format
+    wishes = {"input": F(1, 2, 1), "table": F(0, 4, 1, granularity="element")}
+    sites = pq.instrument(pq.nn.TableConv(2, (2,), hidden=2, quantize=wishes), np.zeros((1, 4, 2), np.float32)).sites
+    assert {n: s.format for n, s in sites.items() if s.format} == {f"TableDense/{r}": fmt for r, fmt in wishes.items()}
