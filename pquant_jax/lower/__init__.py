@@ -12,7 +12,6 @@ from pquant_jax.lower.emulate import emulate
 from pquant_jax.lower.ir import Graph, Node
 from pquant_jax.lower.overflow import overflows, prove_no_overflow
 from pquant_jax.lower.passes import lint, simplify
-from pquant_jax.lower.size import Size, size
 
 __all__ = [
     "Estimate",
@@ -20,7 +19,6 @@ __all__ = [
     "Gap",
     "Graph",
     "Node",
-    "Size",
     "canonical",
     "check",
     "difference",
@@ -33,7 +31,6 @@ __all__ = [
     "remove_dead",
     "same",
     "simplify",
-    "size",
     "trace",
     "verify",
 ]

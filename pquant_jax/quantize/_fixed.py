@@ -54,7 +54,7 @@ def fixed(
         return FixedState(hyper(), {name: full_kif(sites[name], choice.format) for name, choice in choices.items()})
 
     def apply(params: Params, state: FixedState) -> tuple[View, FixedState]:
-        return view_of(params.model, state.kifs, sites), state
+        return view_of(params.model, state.kifs, sites, wrap=True), state
 
     def attach(model: Tree) -> Params:
         return Params(model, {})

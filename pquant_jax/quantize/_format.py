@@ -194,11 +194,14 @@ def full_kif(spec: SiteSpec, fmt: Format) -> KIF:
     return KIF(sign_bits(spec, fmt), i, f, fmt.rounding, fmt.overflow)
 
 
-def view_of(model: Tree, kifs: Mapping[str, KIF], sites: Mapping[str, SiteSpec]) -> View:
-    """Quantize every parameter that is a site; formats of all sites ride along for the forward and for `ebops`."""
+def view_of(model: Tree, kifs: Mapping[str, KIF], sites: Mapping[str, SiteSpec], *, wrap: bool = False) -> View:
+    """Quantize every parameter that is a site; formats of all sites ride along for the forward and for `ebops`.
+
+    wrap: parameters may be out of the range of a format that wraps; where i follows the values they never are.
+    """
     leaves = _tree.flatten(model)
     chosen = {n: leaves[n] for n, spec in sites.items() if spec.kind in PARAMETERS and n in leaves and n in kifs}
-    quantized = {name: quantize(w, kifs[name], wrap=kifs[name].overflow != "WRAP") for name, w in chosen.items()}
+    quantized = {name: quantize(w, kifs[name], wrap=wrap or kifs[name].overflow != "WRAP") for name, w in chosen.items()}
     present = {n: fmt for n, fmt in kifs.items() if sites[n].kind not in PARAMETERS or n in leaves}
     return View(_tree.replace(model, quantized), present, {})
 

@@ -147,7 +147,7 @@ def _finalize(prepared: Prepared, result: train.Result, folder: Path) -> tuple[V
     """final.npz, and what is read back from it: that is what is judged and lowered from here on."""
     state = result.state
     compression = prepared.compression if prepared.compression is not None else identity()
-    arrays = train.finalize(compression, state.params, state_of(state.opt_state), state.model_state)
+    arrays = train.finalize(compression, state.params, state_of(state.opt_state), state.model_state, inst=prepared.inst)
     train.save_final(folder / "final.npz", arrays)
     return train.load_final(folder / "final.npz", prepared.inst)
 

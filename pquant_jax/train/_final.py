@@ -12,22 +12,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from pquant_jax import _tree
-from pquant_jax._base import KIF, Params, State, Transform, Tree, View
+from pquant_jax._base import KIF, Params, State, Table, Transform, Tree, View
 from pquant_jax._errors import DataError, TransformError, did_you_mean
 from pquant_jax.graph import Instrumented
 
 _PARTS = ("k", "i", "f")
 
 
-def finalize(compression: Transform, params: Params, state: State, model_state: Tree = ()) -> dict[str, np.ndarray]:
+def finalize(
+    compression: Transform, params: Params, state: State, model_state: Tree = (), *, inst: Instrumented | None = None
+) -> dict[str, np.ndarray]:
     """The integers and scales of a trained model, as arrays for `numpy.savez`.
 
     `codes/PATH` int32 and `f/PATH` int32 with value = codes * 2^-f for every quantized parameter, `value/PATH` for
-    the others; `k|i|f/SITE` int32 and `modes/SITE` for every activation; `state/PATH` for the model's state.
+    the others; `k|i|f/SITE` int32 and `modes/SITE` for every activation; `state/PATH` for the model's state; with `inst`,
+    `table/NAME/codes|f|which` int32 for everything that is looked up, so that no other machine computes it again.
 
     Raises: TransformError if a value is no multiple of its 2^-f: something behind the quantizer moved it.
     """
     view, _ = compression.apply(params, state)
+    tables = inst.tables(view, model_state) if inst is not None and view.sites else {}
     arrays: dict[str, np.ndarray] = {}
     for path, leaf in _tree.flatten(view.model).items():
         value, fmt = np.asarray(leaf), view.sites.get(path)
@@ -39,6 +43,7 @@ def finalize(compression: Transform, params: Params, state: State, model_state: 
         arrays.update({f"{part}/{name}": np.rint(np.asarray(getattr(fmt, part))).astype(np.int32) for part in _PARTS})
         arrays[f"modes/{name}"] = np.asarray([fmt.rounding, fmt.overflow])
     arrays.update({f"mask/{path}": np.asarray(m) for path, m in view.masks.items()})
+    arrays.update({f"table/{name}/{part}": np.asarray(v) for name, t in tables.items() for part, v in t._asdict().items()})
     arrays.update({f"state/{path}": np.asarray(v) for path, v in _tree.flatten(model_state).items()})
     return arrays
 
@@ -93,7 +98,20 @@ def load_final(path: str | Path, inst: Instrumented) -> tuple[View, Tree]:
         sites[name] = KIF(k, i, f, rounding, overflow)
     masks = {name: jnp.asarray(v) for name, v in _part(arrays, "mask").items()}
     model_state = {name: jnp.asarray(v) for name, v in _part(arrays, "state").items()}
-    return View(_tree.replace(inst.model.params, leaves), sites, masks), _tree.replace(inst.model.state, model_state)
+    tables = _tables(where, _part(arrays, "table"), inst)
+    return View(_tree.replace(inst.model.params, leaves), sites, masks, tables), _tree.replace(inst.model.state, model_state)
+
+
+def _tables(where: str, parts: Mapping[str, np.ndarray], inst: Instrumented) -> dict[str, Table]:
+    names = {name.rpartition("/")[0] for name in parts}
+    for name in names:
+        if f"{name}/table" not in inst.sites:
+            known = [n for n, spec in inst.sites.items() if spec.kind == "table"]
+            raise DataError(f"{where} has the table {name!r}, which this model lacks ({did_you_mean(f'{name}/table', known)})")
+        missing = [part for part in Table._fields if f"{name}/{part}" not in parts]
+        if missing:
+            raise DataError(f"{where} is damaged: the table {name!r} lacks {missing[0]}; write it with pq.save_final")
+    return {name: Table(*(parts[f"{name}/{part}"] for part in Table._fields)) for name in sorted(names)}
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

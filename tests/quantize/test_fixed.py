@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pquant_jax._base import Event, Stage
+from pquant_jax._base import Event, SiteSpec, Stage
 from pquant_jax._errors import TransformError
 from pquant_jax.numerics import oracle
 from pquant_jax.quantize import Format, fixed, hgq
@@ -120,3 +120,11 @@ def test_a_format_can_be_set_by_hand_in_the_state(sites, model):
     coarse = state.kifs["a/kernel"].__class__(*(jnp.float32(v) for v in (1, 2, -1)))
     view, _ = t.apply(params, state._replace(kifs={**state.kifs, "a/kernel": coarse}))
     np.testing.assert_array_equal(view.model["a"]["kernel"], oracle.quantize(model["a"]["kernel"], 1, 2, -1))
+
+
+def test_weights_that_wrap_do():
+    """As the literals of a header would; under hgq i follows the weights, so that there is nothing to wrap."""
+    sites = {"w": SiteSpec((3,), "kernel")}
+    t = fixed(sites, weights=Format(i=0, f=2, k=1, overflow="WRAP"))
+    params = t.attach({"w": jnp.float32([0.5, 1.25, -1.5])})
+    assert t.apply(params, t.init(params))[0].model["w"].tolist() == [0.5, -0.75, 0.5]

@@ -228,3 +228,45 @@ def test_file_that_is_none(plain, tmp_path):
     for name in ("final.npz", "missing.npz"):
         with pytest.raises(pq.DataError, match=name):
             pq.load_final(tmp_path / name, plain.inst)
+
+
+def softmax_model():
+    def forward(p, x):
+        return jax.nn.softmax(x @ p["w"])
+
+    inst = pq.instrument(pq.from_function(forward, {"w": jnp.eye(2)}), np.ones((4, 2), np.float32))
+    compression = pq.quantize.fixed(inst.sites, activations=F(i=2, f=4))
+    params = compression.attach(inst.model.params)
+    return inst, compression, params, compression.init(params)
+
+
+def test_tables_are_in_the_file_and_come_back(tmp_path):
+    inst, compression, params, state = softmax_model()
+    arrays = pq.finalize(compression, params, state, inst.model.state, inst=inst)
+    pq.save_final(tmp_path / "final.npz", arrays)
+    view, _ = pq.load_final(tmp_path / "final.npz", inst)
+    built = inst.tables(compression.apply(params, state)[0], inst.model.state)
+    assert set(view.tables) == set(built)
+    assert len(built) == 2
+    for name, table in built.items():
+        for mine, theirs in zip(table, view.tables[name], strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("lost", ["codes", "f", "which"])
+def test_a_damaged_table(tmp_path, lost):
+    inst, compression, params, state = softmax_model()
+    arrays = pq.finalize(compression, params, state, inst.model.state, inst=inst)
+    name = next(key for key in arrays if key.startswith("table/") and key.endswith(f"/{lost}"))
+    pq.save_final(tmp_path / "final.npz", {key: v for key, v in arrays.items() if key != name})
+    with pytest.raises(pq.DataError, match=f"the table .* lacks {lost}"):
+        pq.load_final(tmp_path / "final.npz", inst)
+
+
+def test_a_table_of_another_model(tmp_path):
+    inst, compression, params, state = softmax_model()
+    arrays = pq.finalize(compression, params, state, inst.model.state, inst=inst)
+    renamed = {key.replace("reciprocal", "reciprocals") if key.startswith("table/") else key: v for key, v in arrays.items()}
+    pq.save_final(tmp_path / "final.npz", renamed)
+    with pytest.raises(pq.DataError, match=r"has the table .*reciprocals', which this model lacks"):
+        pq.load_final(tmp_path / "final.npz", inst)
