@@ -59,7 +59,9 @@ def _of_one_sample(c: Value, batch: int, shape: tuple[int, ...]) -> Value:
     own = tuple(jnp.shape(c.val))
     if c.leaf is not None or len(own) != len(shape) or own[batch] == 1:
         return c
-    return Value(lax.slice_in_dim(jnp.asarray(c.val), 0, 1, axis=batch), signed=c.signed, paths=c.paths, derived=c.derived)
+    return Value(
+        lax.slice_in_dim(jnp.asarray(c.val), 0, 1, axis=batch), signed=c.signed, paths=c.paths, derived=c.derived, fine=c.fine
+    )
 
 
 def _combine(function: Callable, *parts: Value) -> Value:

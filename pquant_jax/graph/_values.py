@@ -28,7 +28,7 @@ class Value:
 
     batch: its batch axis, None if it is the same for all samples.  signed: can it be negative.  leaf: (path, axes) if
     it is one parameter up to transposition and axes of size 1.  paths: parameters that it was computed from.
-    derived: computed from model state or batch statistics.  affine: (base, scale, offset) if it is base * scale +
+    derived: computed from model state or batch statistics.  fine: a constant that hardware has to round.  affine: (base, scale, offset) if it is base * scale +
     offset with parts that are the same for all samples.  on_grid: itself after its site.  rises: (base, function) if it
     is a nondecreasing function of base, element by element; function takes arrays without the batch axis too.
     channels: (kernel path, {axis: the kernel's output axis}) if it is a layer's output.  site: the site whose grid it is
@@ -42,6 +42,7 @@ class Value:
     leaf: tuple[str, tuple[int | None, ...]] | None = None
     paths: frozenset[str] = frozenset()
     derived: bool = False
+    fine: bool = False
     affine: tuple[Value, Value | None, Value | None] | None = field(default=None, repr=False)
     on_grid: Value | None = field(default=None, repr=False)
     rises: tuple[Value, Callable[[Any], Any]] | None = field(default=None, repr=False)
@@ -52,12 +53,12 @@ class Value:
 
 
 def constant(value: Any, *, reciprocal: bool = False) -> Value:
-    """A literal or closed-over constant; derived, like what comes from parameters, if hardware has to round it.
+    """A literal or closed-over constant; fine if hardware has to round it, as it does parameters.
 
     reciprocal: it divides, so its inverse is what hardware multiplies by.
     """
     array = np.asarray(value)
-    return Value(value, signed=bool(np.any(array < 0)), derived=_many_bits(array, reciprocal))
+    return Value(value, signed=bool(np.any(array < 0)), fine=_many_bits(array, reciprocal))
 
 
 def _many_bits(array: np.ndarray, reciprocal: bool) -> bool:
@@ -71,8 +72,8 @@ def _many_bits(array: np.ndarray, reciprocal: bool) -> bool:
 
 
 def is_parameter(v: Value) -> bool:
-    """Is it the same for all samples, and trained, stored or a batch statistic (not a plain constant)?"""
-    return v.batch is None and (bool(v.paths) or v.derived)
+    """Is it the same for all samples, and trained, stored, a batch statistic or a constant to be rounded?"""
+    return v.batch is None and (bool(v.paths) or v.derived or v.fine)
 
 
 def outputs(eqn: Any, ins: Sequence[Value], arrays: Sequence[Any], batch: int | None) -> list[Value]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from pquant_jax._base import KIF, View
+from pquant_jax._base import KIF, SiteSpec, View
 from pquant_jax.graph import Instrumented
 from pquant_jax.quantize import Format
 from pquant_jax.search._formats import fitted, narrower
@@ -53,6 +53,17 @@ def disturbance(p: Problem) -> Callable[[Mapping[str, Format]], float]:
 Choice = dict[int, tuple[Format, float]]
 
 
+def open_widths(spec: SiteSpec, widths: Sequence[int], biases: int) -> tuple[int, ...]:
+    """The widths that a site other than a kernel may take.
+
+    In front of a table it keeps the widest that the table allows: a table costs 2^bits, which is no sum of products of
+    widths, and a narrow one saves what the layers behind it do not notice.
+    """
+    if spec.kind != "input":
+        return (biases,)
+    return (min(max(widths), spec.max_bits),) if spec.max_bits else tuple(widths)
+
+
 def choices(p: Problem, widths: Iterable[int], biases: int, spans: Mapping[str, tuple[float, float]]) -> dict[str, Choice]:
     """{site: {width: (format, disturbance)}} of every site that is no kernel; the format of a width that disturbs least.
 
@@ -65,5 +76,5 @@ def choices(p: Problem, widths: Iterable[int], biases: int, spans: Mapping[str, 
         return min(measured, key=lambda pair: pair[1])
 
     wanted = tuple(widths)
-    found = {n: {w: best(n, w) for w in (wanted if sites[n].kind == "input" else (biases,))} for n in sites_of(p.inst)}
+    found = {n: {w: best(n, w) for w in open_widths(sites[n], wanted, biases)} for n in sites_of(p.inst)}
     return found | {n: {biases: (fitted(spec, spans[n], biases), 0.0)} for n, spec in sites.items() if spec.kind == "bias"}

@@ -16,7 +16,7 @@ from pquant_jax._base import Params, SiteSpec, Tree
 from pquant_jax._errors import TransformError
 from pquant_jax.graph import Instrumented
 from pquant_jax.quantize import Format
-from pquant_jax.search._activations import choices
+from pquant_jax.search._activations import choices, open_widths
 from pquant_jax.search._formats import Rules, closest, fitted, on_grid, rules_of
 from pquant_jax.search._problem import FLOAT, Problem, counter, losses, problem, ranges
 from pquant_jax.search._traces import fisher
@@ -108,7 +108,8 @@ def fitcompress(
     chosen = _kernels(p, where)
     _check(ratio, ebops, widths, sparsities, compat)
     top, count = widths[0] if widths else FLOAT, counter(p)
-    rest = {n: {"input": activations, "kernel": top}.get(spec.kind, biases) for n, spec in inst.sites.items() if n not in chosen}
+    others = {n: spec for n, spec in inst.sites.items() if n not in chosen}
+    rest = {n: top if spec.kind == "kernel" else open_widths(spec, (activations,), biases)[0] for n, spec in others.items()}
     goal = _of_weights(chosen, ratio, compat) if ebops is None else _of_products(count, chosen, rest, ebops)
     steps = Steps(widths, sparsities, greedy, approximate, strength)
     task = Task(

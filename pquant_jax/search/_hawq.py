@@ -16,7 +16,7 @@ from pquant_jax._base import AxisRole, Params, Tree
 from pquant_jax._errors import TransformError, did_you_mean
 from pquant_jax.graph import Instrumented
 from pquant_jax.quantize import Format
-from pquant_jax.search._activations import choices
+from pquant_jax.search._activations import choices, open_widths
 from pquant_jax.search._formats import Rules, closest, rules_of
 from pquant_jax.search._problem import Problem, counter, losses, problem, ranges
 from pquant_jax.search._program import Cost, Table, check_limit, products, solve, value
@@ -105,8 +105,7 @@ def hawq(
     what, limit = _one_limit({"EBOPs": ebops, "BOPs": bops, "size": size, "latency": latency})
     widths, activations = tuple(widths), tuple(activations)
     _check(p, widths, activations, masks, cycles)
-    open_to = {"kernel": widths, "input": activations}
-    candidates = {name: open_to.get(spec.kind, (biases,)) for name, spec in inst.sites.items()}
+    candidates = {n: widths if s.kind == "kernel" else open_widths(s, activations, biases) for n, s in inst.sites.items()}
     count = counter(p)
     cost = partial(_cost, p, count, candidates, masks, cycles)
     limited = cost(what)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,3 +143,19 @@ def test_better_than_uniform_bits_of_as_many_operations(jets, view_of):
 
     assert mixed.bops <= uniform.bops and pruned.ebops <= uniform.ebops
     assert max(loss(mixed), loss(pruned)) < loss(uniform)
+
+
+def test_the_input_of_a_table_keeps_what_the_table_allows():
+    """Its cost, 2^bits, is no sum of products of widths, which the program would take it for."""
+    weights = {"a": jnp.float32([[0.9, -0.7], [0.3, 0.6]]), "b": jnp.float32([[0.02, 0.5], [0.4, -0.3]])}
+    model = pq.from_function(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], weights)
+    x, y = np.float32([[1.0, 0.5], [-0.5, 1.0]]), np.int32([0, 1])
+    inst = pq.instrument(model, x)
+    data = SimpleNamespace(x=x, y=y, weight=None)
+    found = pq.search.hawq(inst, weights, data, ebops=400, widths=[3, 8], activations=[4, 16])
+    assert found.bits["tanh/input"] == 12
+    assert found.ebops <= 400
+    compressed = pq.search.compression(inst, found)
+    params = compressed.attach(weights)
+    view, _ = compressed.apply(params, compressed.init(params))
+    assert set(inst.tables(view, {})) == {"tanh"}
