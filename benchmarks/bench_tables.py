@@ -30,6 +30,7 @@ from pquant_jax.lower.backends import da4ml
 F = pq.quantize.Format
 PORT = pq.InputSpec(1, 3, 6)  # the few values beyond 8 saturate: a table's input needs no bits for them
 BATCH, POINTS, VECTORS = 1024, 5, 10_000
+TICKS = (50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000)
 RESULTS = Path(__file__).with_name("results")
 
 
@@ -203,7 +204,12 @@ def picture(report: dict[str, Any], path: Path) -> None:
                 own = sorted(row["points"], key=lambda p: p[key])
                 x, y = [p[key] for p in own], [100 * p["accuracy"] for p in own]
                 axis.plot(x, y, color=colour, marker=mark, ms=5.5, label=f"{row['label']} ({row['epochs']} epochs)")
+            reach = [point[key] for row in report["rows"].values() for point in row["points"]]
+            shown = [t for t in TICKS if min(reach) / 1.5 <= t <= 1.5 * max(reach)]
             axis.set_xscale("log")
+            axis.set_xticks(shown, [f"{t:,}" for t in shown])  # STYLE takes no mathematics, which the default labels are
+            axis.set_xticks([], minor=True)
+            axis.set_xlim(min(reach) / 1.3, 1.3 * max(reach))
             axis.set_xlabel(f"{label}, log scale", color=MUTED)
         axes[0].set_ylabel("test accuracy, %", color=MUTED)
         axes[0].legend(loc="lower right")
