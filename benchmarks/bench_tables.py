@@ -4,7 +4,7 @@
 
 Tables: `TableDense(16) -> TableDense(5)`, the sums normalised (HGQ-LUT's jet model, arXiv:2604.22293); every edge a network
 1 -> 8 -> 1 with bits of its own at both ends, lowered as one table.  Multipliers: 16-64-32-32-5 with HGQ.  Both train for
-about as long on the same data (an epoch of tables costs five of multipliers); beta rises from epoch to epoch, and the
+about as long on the same data (an epoch of tables costs ten of multipliers); beta rises from epoch to epoch, and the
 best epochs by validation accuracy at their EBOPs are kept.  Of these some are lowered: test accuracy, da4ml's cost, and
 JAX, emulator and da4ml integer by integer.
 """
@@ -30,6 +30,7 @@ from pquant_jax.lower.backends import da4ml
 F = pq.quantize.Format
 PORT = pq.InputSpec(1, 3, 6)  # the few values beyond 8 saturate: a table's input needs no bits for them
 BATCH, POINTS, VECTORS = 1024, 5, 10_000
+TICKS = (50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000)
 RESULTS = Path(__file__).with_name("results")
 
 
@@ -68,7 +69,7 @@ RECIPES = {
         dict(weights=F(2, 6, 1, overflow="SAT_SYM"), activations=F(2, 3, overflow="WRAP"), rules=((".*/table", TABLE),)),
     ),
     "multipliers": Recipe(
-        "HGQ 16-64-32-32-5", zoo.mlp((64, 32, 32), 5), 500, 3e-3, (5e-7, 1e-4),
+        "HGQ 16-64-32-32-5", zoo.mlp((64, 32, 32), 5), 1000, 3e-3, (5e-7, 1e-4),
         dict(weights=F(0, 6, 1, overflow="SAT_SYM"), activations=F(2, 5, overflow="WRAP")),
     ),
 }  # fmt: skip
@@ -203,7 +204,13 @@ def picture(report: dict[str, Any], path: Path) -> None:
                 own = sorted(row["points"], key=lambda p: p[key])
                 x, y = [p[key] for p in own], [100 * p["accuracy"] for p in own]
                 axis.plot(x, y, color=colour, marker=mark, ms=5.5, label=f"{row['label']} ({row['epochs']} epochs)")
+            reach = [point[key] for row in report["rows"].values() for point in row["points"]]
+            shown = [t for t in TICKS if min(reach) / 1.5 <= t <= 1.5 * max(reach)]
+            shown = shown if len(shown) < 8 else [t for t in shown if str(t)[0] == "1"]
             axis.set_xscale("log")
+            axis.set_xticks(shown, [f"{t:,}" for t in shown])  # STYLE takes no mathematics, which the default labels are
+            axis.set_xticks([], minor=True)
+            axis.set_xlim(min(reach) / 1.3, 1.3 * max(reach))
             axis.set_xlabel(f"{label}, log scale", color=MUTED)
         axes[0].set_ylabel("test accuracy, %", color=MUTED)
         axes[0].legend(loc="lower right")
