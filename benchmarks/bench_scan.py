@@ -33,7 +33,6 @@ from pquant_jax.quantize import Format
 from pquant_jax.report import plots
 from pquant_jax.zoo import mlp
 
-PARTICLES = Path("/work/shared/data/jets_particles.npz")
 UNIT, LEAST = 0.1, 0.3
 SCALE = np.float32([8, 4, 4])  # powers of two: (z, eta, phi) to the order of 1
 WIDTHS, INTEGERS = (6, 8, 10, 12, 14, 16, 18, 20), (2, 3, 4, 5, 6, 7, 8, 9)
@@ -173,15 +172,15 @@ def main() -> None:
     parser.add_argument("what", choices=("speed", "study"))
     parser.add_argument("--samples", type=int, default=8000, help="speed: jets that every point predicts")
     parser.add_argument("--points", type=int, default=64, help="speed: points compiled one by one; the time is scaled to 64")
-    parser.add_argument("--particles", type=Path, default=PARTICLES, help="study: npz with x (n, 32, 3) of (z, eta, phi)")
+    parser.add_argument("--particles", type=Path, help="study: npz with x (n, 32, 3) of (z, eta, phi)")
     parser.add_argument("--jets", type=int, default=30_000, help="study: how many of them")
     parser.add_argument("--epochs", type=int, default=20, help="study: of the float model")
     parser.add_argument("--qat-epochs", type=int, default=5, help="study: of every model trained at its width; 0: none")
     parser.add_argument("--out", type=Path, help="study: folder of the pictures")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     args = parser.parse_args()
-    if args.what == "study" and not args.particles.is_file():
-        sys.exit(f"skipped: there is no {args.particles}; --particles names a file of jets' particles")
+    if args.what == "study" and (args.particles is None or not args.particles.is_file()):
+        sys.exit(f"skipped: --particles is {args.particles}, expected a file of jets' particles")
     if args.what == "speed":
         row = speed(args.samples, args.points)
     else:

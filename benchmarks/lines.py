@@ -39,7 +39,7 @@ def listed(values: Iterable[float], form: str) -> str:
 
 def pytest_line(name: str, *arguments: str) -> Line:
     """Tests that are the measurement themselves; the figure is pytest's own closing line.  No test found is no success."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", *arguments]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--no-header", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     lines = [line for line in done.stdout.strip().splitlines() if line.strip()]
     return Line(name, lines[-1] if lines else done.stderr.strip()[-200:], done.returncode == 0)

@@ -26,14 +26,14 @@ STRUCTURE = frozenset(
 class Value:
     """An array with its provenance.
 
-    batch: its batch axis, None if it is the same for all samples.  signed: can it be negative.  leaf: (path, axes) if
-    it is one parameter up to transposition and axes of size 1.  paths: parameters that it was computed from.
-    derived: computed from model state or batch statistics.  fine: a constant that hardware has to round.  affine: (base, scale, offset) if it is base * scale +
-    offset with parts that are the same for all samples.  on_grid: itself after its site.  rises: (base, function) if it
-    is a nondecreasing function of base, element by element; function takes arrays without the batch axis too.
-    channels: (kernel path, {axis: the kernel's output axis}) if it is a layer's output.  site: the site whose grid it is
-    on.  spread: (value, function) if it is a broadcast of a smaller one.  masked: (keep, value) if a mask sends the
-    elements outside of keep to minus infinity.
+    batch: its batch axis, None if it is the same for all samples. signed: can it be negative. leaf: (path, axes) if
+    it is one parameter up to transposition and axes of size 1. paths: parameters that it was computed from. derived:
+    computed from model state or batch statistics. fine: a constant that hardware has to round. affine: (base, scale,
+    offset) if it is base * scale + offset with parts that are the same for all samples. on_grid: itself after its
+    site. rises: (base, function) if it is a nondecreasing function of base, element by element; function takes arrays
+    without the batch axis too. channels: (kernel path, {axis: the kernel's output axis}) if it is a layer's output.
+    site: the site whose grid it is on. spread: (value, function) if it is a broadcast of a smaller one. masked:
+    (keep, value) if a mask sends the elements outside of keep to minus infinity.
     """
 
     val: Any

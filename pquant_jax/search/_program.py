@@ -37,19 +37,23 @@ def products(count: Callable, masks: Mapping[str, jax.Array], candidates: Mappin
     """EBOPs as a cost: every product is bilinear in the widths of its operands, so that gradients one bit apart differ by its
     coefficients, exactly.
 
-    count: from `counter`.  Whatever shares a site, reads a kernel twice or multiplies two activations is in there.
+    count: from `counter`.  Whatever shares a site, reads a kernel twice or multiplies two activations is in there.  Sites
+    with one candidate have that width; what they cost alone is in the constant.
     """
-    names = sorted(candidates)
+    names = sorted(n for n, widths in candidates.items() if len(widths) > 1)
+    fixed = {n: float(widths[0]) for n, widths in candidates.items() if len(widths) == 1}  # in front of a table 2^width counts
 
     def of(widths: jax.Array) -> jax.Array:
-        return count(dict(zip(names, widths, strict=True)), masks)
+        return count(fixed | dict(zip(names, widths, strict=True)), masks)
 
     ones = jnp.ones(len(names), jnp.float32)
     gradient = jax.jit(jax.grad(of))
     total, slope = (np.asarray(f(ones), np.float64) for f in (of, gradient))
-    bend = np.stack([np.asarray(gradient(ones.at[n].add(1)), np.float64) - slope for n in range(len(names))])
+    steps = [np.asarray(gradient(ones.at[n].add(1)), np.float64) - slope for n in range(len(names))]
+    bend = np.stack(steps) if steps else np.zeros((0, 0))
     linear = slope - bend.sum(1)
     own = {n: {w: linear[a] * w + bend[a, a] / 2 * w * w for w in candidates[n]} for a, n in enumerate(names)}
+    own |= {n: {candidates[n][0]: 0.0} for n in fixed}
     pairs = {(names[a], names[b]): float(bend[a, b]) for a, b in itertools.combinations(range(len(names)), 2) if bend[a, b] != 0}
     return Cost(float(total - linear.sum() - bend.sum() / 2), own, pairs)
 

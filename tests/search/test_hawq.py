@@ -152,9 +152,9 @@ def test_the_input_of_a_table_keeps_what_the_table_allows():
     x, y = np.float32([[1.0, 0.5], [-0.5, 1.0]]), np.int32([0, 1])
     inst = pq.instrument(model, x)
     data = SimpleNamespace(x=x, y=y, weight=None)
-    found = pq.search.hawq(inst, weights, data, ebops=400, widths=[3, 8], activations=[4, 16])
+    found = pq.search.hawq(inst, weights, data, ebops=1250, widths=[3, 8], activations=[4, 16])
     assert found.bits["tanh/input"] == 12
-    assert found.ebops <= 400
+    assert found.ebops <= 1250
     compressed = pq.search.compression(inst, found)
     params = compressed.attach(weights)
     view, _ = compressed.apply(params, compressed.init(params))
