@@ -36,7 +36,7 @@ class Net(nn.Module):
 class Curved(Net):
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(self.outputs)(jnp.tanh(nn.Dense(self.width)(x)))
+        return nn.Dense(self.outputs)(jnp.sort(nn.Dense(self.width)(x)))
 
 def build(outputs, width=4):
     return Net(width, outputs)
@@ -205,7 +205,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "missing module": ([*RUN, "model=nowhere:build"], "'nowhere' can't be imported"),
     "missing function": ([*RUN, "model=my_model:bild"], "'my_model' has no 'bild'; did you mean 'build'"),
     "missing argument": ([*RUN, "model.args.widht=3"], "takes no 'widht'; did you mean 'width'"),
-    "can't be lowered": ([*RUN, "model=my_model:curved"], "can't lower 'tanh'"),
+    "can't be lowered": ([*RUN, "model=my_model:curved"], "can't lower 'sort'"),
     "no site": ([*RUN, "quantization.rules=[{where: Conv_0, f: 1}]"], "'Conv_0', which matches no site"),
     "no kernel": ([*RUN, "pruning.where=Conv_0"], "the rule 'Conv_0' matches no parameter"),
     "no epochs": ([*RUN, "training.epochs=0"], "the plan has no epochs"),

@@ -182,7 +182,7 @@ def test_schema_describes_every_key():
     assert set(schema["properties"]) == set(config.Experiment.model_fields)
     assert all(not s["additionalProperties"] for s in sections.values())
     assert all("description" in s for s in sections.values())
-    assert schema["$defs"]["HGQ"]["properties"]["beta"]["minimum"] == 0
+    assert schema["$defs"]["HGQ"]["properties"]["decay"]["minimum"] == 0
     assert "required" not in schema["$defs"]["Bits"], "an editor would ask for what has a default"
 
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from pquant_jax.report import _style as style
-from pquant_jax.report._types import Profile, bits, check_kinds, layer
+from pquant_jax.report._types import ACTIVATIONS, Profile, bits, check_kinds, layer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-COLUMNS: Final = ("input", "kernel", "bias", "scale", "offset")
+COLUMNS: Final = ("input", "kernel", "bias", "scale", "offset", "table", "output")
 NARROW: Final = 22  # characters of a name beside one of two plots in a row
 
 
@@ -45,7 +45,10 @@ def ranges(profiles: Sequence[Profile]) -> str:
     and say how many of their elements do.
     """
     check_kinds(profiles)
-    groups = {"Weights": [p for p in profiles if p.kind != "input"], "Activations": [p for p in profiles if p.kind == "input"]}
+    groups = {
+        "Weights": [p for p in profiles if p.kind not in ACTIVATIONS],
+        "Activations": [p for p in profiles if p.kind in ACTIVATIONS],
+    }
     groups = {title: group for title, group in groups.items() if group}
     if not groups:
         return style.message("no site was profiled")

@@ -12,14 +12,15 @@ import numpy as np
 
 from pquant_jax._errors import DataError
 
-KINDS: Final = ("kernel", "bias", "input", "scale", "offset")
+ACTIVATIONS: Final = ("input", "table", "output")
+KINDS: Final = ("kernel", "bias", "scale", "offset", *ACTIVATIONS)
 
 
 class Profile(NamedTuple):
     """One quantize site: its format and what it was seen to hold.
 
     name: "Dense_0/kernel"; the part before the last slash is the layer.
-    kind: one of `KINDS`; all but "input" are weights.
+    kind: one of `KINDS`; all but `ACTIVATIONS` are weights.
     k, i, f: integer arrays: sign bit, integer bits without the sign, fractional bits; one number, or one per element
         of the site (what broadcasts to its shape).
     low, high: the smallest and largest value seen before quantization, scalars or per element.

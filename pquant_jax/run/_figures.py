@@ -14,7 +14,7 @@ from pquant_jax._base import Tree, View
 from pquant_jax.data import Split
 from pquant_jax.graph import Instrumented, sparsity_summary
 from pquant_jax.numerics import kif
-from pquant_jax.report import Profile
+from pquant_jax.report import ACTIVATIONS, Profile
 
 CHUNK: Final = 4096  # samples per call: bounds the memory of intermediate values
 QUANTILES: Final = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -109,7 +109,7 @@ def profiles(inst: Instrumented, view: View, latent: Tree, model_state: Tree, x:
             low, high, values, sample = seen, seen, np.asarray(after[name]), seen
         else:
             low, high = (np.asarray(v) for v in ranges[name])
-            values, sample = (None, single[name]) if spec.kind == "input" else (_quantized(high, k, i, f, fmt), high)
+            values, sample = (None, single[name]) if spec.kind in ACTIVATIONS else (_quantized(high, k, i, f, fmt), high)
         made.append(Profile(name, spec.kind, k, i, f, low, high, np.quantile(np.abs(sample), QUANTILES), values))
     return made
 

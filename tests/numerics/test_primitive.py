@@ -65,7 +65,7 @@ def test_mask_and_site_are_one_equation_each():
         found = names(function, X, X)
         assert found["mask"] == 1 and found["site"] == 1
     (named,) = (e for e in equations(jax.make_jaxpr(jax.vmap(f))(X, X).jaxpr) if e.primitive is site_p)
-    assert named.params == {"name": "here", "kind": "scale"}
+    assert named.params == {"name": "here", "kind": "scale", "format": None}
 
 
 def inlined(jaxpr, consts, args, bind):
