@@ -162,7 +162,7 @@ def test_every_port_has_its_own_format():
     )
     x = {"a": np.float32([[9.0, 1.4]]), "b": np.float32([[0.4, -3.0]])}
     assert {n: v.tolist() for n, v in inst.encode(x).items()} == {"a": [[3.0, 1.0]], "b": [[0.5, 0.0]]}
-    wide = {name: kif(1, 8, 8) for name in inst.sites}
+    wide = {name: pq.kif(1, 8, 8) for name in inst.sites}
     np.testing.assert_array_equal(inst.forward(pq.View(inst.model.params, wide, {}), {}, x)[0], [[2.5, 1.0]])
 
 
