@@ -72,7 +72,7 @@ def site_lines() -> Iterator[Line]:
     """What a user sees of the sites."""
     yield pytest_line("pq.template: read back it is the quantizer, an edit changes that site", "tests/quantize", "-k", "template")
     yield pytest_line("pq.check: every gap named, on 20 graphs", "tests/lower/test_check.py")
-    yield pytest_line("all sites off: bitwise the original", "tests/graph", "-k", "sites_off")
+    yield pytest_line("all sites off: bitwise the original", "tests/graph", "tests/zoo", "-k", "sites_off")
 
 
 def overflow_lines() -> Iterator[Line]:

@@ -99,3 +99,18 @@ def test_the_cnn_takes_digits(outside, size):
     made = zoo.cnn()
     shape = jax.eval_shape(lambda x: made.apply(made.init(jax.random.key(0), x), x), digits.test.x).shape
     assert shape == (10, 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in CASES if n != "resnet20"])
+def test_sites_off_is_bitwise_the_original(name):
+    """A view without formats is the model itself, for every kind of layer there is."""
+    inputs = CASES[name][0]
+    rng = np.random.default_rng(0)
+    x = jax.tree.map(lambda s: rng.normal(size=(8, *s)).astype(np.float32), inputs, is_leaf=is_shape)
+    inst = pq.instrument(as_model(getattr(zoo, name)(), x), x)
+    params, state = inst.model.params, inst.model.state
+    params = jax.tree.map(lambda v: v + 0.1 * jax.random.normal(jax.random.key(1), v.shape), params)
+    ours = jax.jit(lambda p, v: inst.forward(pq.View(p, {}, {}), state, v, train=False)[0])(params, x)
+    original = jax.jit(lambda p, v: inst.model.forward(p, state, v, train=False, rng=None)[0])(params, x)
+    jax.tree.map(np.testing.assert_array_equal, ours, original)
