@@ -9,9 +9,15 @@ from pathlib import Path
 from typing import Any, Final
 
 import jax
-from lines import Line, module, pytest_line
+import numpy as np
+from lines import Line, listed, module, pytest_line
+
+import pquant_jax as pq
+from pquant_jax.report import plots
 
 GRAPHS, SIMULATED = 1000, 10
+LEAST_MASS: Final = 0.3  # below it a response is the error over almost nothing
+NOISE: Final = 0.02  # of a mean absolute error of 0.17
 
 
 def zoo_lines() -> Iterator[Line]:
@@ -51,6 +57,31 @@ def scan_lines() -> Iterator[Line]:
     yield pytest_line("precision scan: monotone, the widest is the float model", tests, "-k", "wider_is_better")
     yield pytest_line("precision scan: every point bitwise quantize.fixed", tests, "-k", "bitwise")
     yield pytest_line("precision scan: its pictures", "tests/report/test_report_scan.py")
+    yield mass_scan_line()
+
+
+def mass_scan_line() -> Line:
+    """8 x 8 grid of the DeepSets regression of the jet mass: wider is no worse, and its pictures."""
+    inst, params, data, entry = module("zoo").float_model("mass_regression")
+    seen = jax.tree.map(lambda v: v[data.test.y[:, 0] > LEAST_MASS], (data.test.x, data.test.y))
+    seen = pq.data.Split(*seen)
+    found = pq.scan(inst, params, seen, widths=range(4, 20, 2), integers=range(1, 9), metric=(entry.metric, *pq.search.RESPONSE))
+    best, float_error = np.min(found.metric, axis=1), found.baseline[found.name]
+    point = pq.search.chosen(found, drop=0.1 * float_error)
+    fmt = (point.width, point.integer)
+    pictures = [
+        plots.scan_map(found, drop=0.1 * float_error),
+        plots.scan_lines(found, log=True),
+        plots.scan_response(found, quantity="mass / true mass"),
+        plots.scan_layers(pq.search.sensitivity(inst, params, seen, low=8, metric=entry.metric)),
+        plots.scan_differences(pq.search.differences(inst, params, seen, weights=fmt, intermediates=fmt)),
+    ]
+    figure = (
+        f"mae {listed(best, '.3f')} at 4 to 18 bits, float {float_error:.3f}, resolution {found.baseline['resolution']:.3f}; "
+    )
+    figure += f"narrowest within a tenth <{fmt[0]},{fmt[1]}>; {len(pictures)} pictures"
+    holds = float(np.diff(best).max()) < NOISE and all("<svg" in p and "</svg>" in p for p in pictures)
+    return Line("precision scan of the jet mass: monotone in width, drawn", figure, holds)
 
 
 def table_lines() -> Iterator[Line]:

@@ -57,6 +57,19 @@ def train(entry: Entry, *, seed: int = 0, scale: float = 1.0) -> Trained:
     return Trained(inst, result.view, result.state.model_state, data)
 
 
+def float_model(name: str, *, seed: int = 0) -> tuple[pq.Instrumented, Any, pq.data.Dataset, Entry]:
+    """(inst, parameters, data, entry) of a model trained without compression, for scans."""
+    entry = ENTRIES[name]
+    data = entry.data()
+    x = jax.tree.map(lambda v: v[:2], data.train.x)
+    inst = pq.instrument(as_model(entry.build(), x), x, inputs=entry.inputs)
+    result = pq.fit(
+        inst, data, batch_size=entry.batch, seed=seed, loss=entry.loss, metric=entry.metric,
+        plan=pq.Plan(sum(entry.epochs), 0, 0), optimizer=optax.adam(entry.rate),
+    )  # fmt: skip
+    return inst, result.state.params.model, data, entry
+
+
 def exported(entry: Entry, trained: Trained) -> Trained:
     """The part of the model that becomes hardware, with the formats it was trained with."""
     if entry.export is None:
