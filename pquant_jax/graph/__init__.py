@@ -1,5 +1,6 @@
 """Level 3: models as pure functions, and the interpreters of their jaxprs."""
 
+from pquant_jax.graph._batch import TRANSCENDENTAL
 from pquant_jax.graph._calls import bind, model_line
 from pquant_jax.graph._ebops import ebops, products
 from pquant_jax.graph._instrument import Instrumented, instrument
@@ -9,6 +10,7 @@ from pquant_jax.graph._shrink import Shrunk, shrink
 from pquant_jax.graph._summary import KernelSummary, SparsitySummary, sparsity_summary, summary_text
 
 __all__ = [
+    "TRANSCENDENTAL",
     "Const",
     "Instrumented",
     "KernelSummary",

@@ -16,6 +16,10 @@ ELEMENTWISE: Final = frozenset(
     "quantize mask site copy stop_gradient convert_element_type reduce_precision optimization_barrier custom_jvp_call "
     "custom_vjp_call".split()
 )
+TRANSCENDENTAL: Final = frozenset(
+    "tanh logistic exp exp2 log log1p expm1 sqrt rsqrt cbrt erf erfc erf_inv sin cos tan asin acos atan sinh cosh asinh acosh "
+    "atanh pow digamma lgamma".split()
+)
 _REDUCE: Final = frozenset(
     "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin psum".split()
 )

@@ -9,18 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr
 
-from pquant_jax.graph._interpret import ELEMENTWISE, PRODUCTS, Const, Program, Step, bind, flatten, inner
+from pquant_jax.graph._batch import ELEMENTWISE, TRANSCENDENTAL
+from pquant_jax.graph._calls import evaluate
+from pquant_jax.graph._interpret import PRODUCTS, Const, Program, Step, bind, flatten, inner
 
-TRANSCENDENTAL: Final = frozenset(
-    "tanh logistic exp exp2 log log1p expm1 sqrt rsqrt cbrt erf erfc erf_inv sin cos tan asin acos atan sinh cosh asinh acosh "
-    "atanh pow digamma lgamma".split()
-)
 _CLOSED: Final = frozenset({"quantize", "mask", "site", "lookup"})
 _UNARY: Final = (ELEMENTWISE | TRANSCENDENTAL) - _CLOSED
 _WITHIN: Final = frozenset({"broadcast_in_dim", "shift_left", "bitcast_convert_type"})  # in calls; the last two: powers of two
@@ -168,8 +165,7 @@ def _cones(
 def _label(program: Program, steps: Sequence[int]) -> str:
     """What to call a function: the call that all of it is in, else its last transcendental operation."""
     if len(steps) == 1:
-        step = program.steps[steps[0]]
-        return _short(step)
+        return _short(program.steps[steps[0]])
     calls = [program.steps[n].calls for n in steps]
     common = [c for c in calls[0] if all(c in other for other in calls) and not c.startswith("_")]
     if common:
@@ -188,23 +184,24 @@ def _short(step: Step) -> str:
 def folded(program: Program) -> dict[int, np.ndarray]:
     """Values of everything that is made of constants alone, computed at once, and of products with nothing but zeros."""
     known: dict[int, np.ndarray] = {}
-    with jax.ensure_compile_time_eval():
-        for step in program.steps:
-            sizes = [int(np.prod(v.aval.shape)) for v in step.eqn.outvars if hasattr(v.aval, "shape")]
-            if max(sizes, default=0) > _FOLDABLE or step.eqn.primitive.name in _CLOSED:  # a format says more than a value
-                continue
-            if step.eqn.primitive.name in _ZERO_AT_ZERO and any(_zeros(v, known) for v in step.ins):
-                known[step.outs[0]] = np.zeros(step.eqn.outvars[0].aval.shape, step.eqn.outvars[0].aval.dtype)
-            if not all(isinstance(v, Const) or v in known for v in step.ins):
-                continue
-            plain = all(isinstance(v.aval.dtype, np.dtype) for v in (*step.eqn.invars, *step.eqn.outvars))
-            if not plain or step.eqn.effects or inner(step.eqn) is not None or step.eqn.primitive.name.startswith("threefry"):
-                continue
-            values = [v.value if isinstance(v, Const) else known[v] for v in step.ins]
-            if any(isinstance(v, Tracer) for v in values):
-                continue
-            arrays = [jnp.asarray(v, var.aval.dtype) for v, var in zip(values, step.eqn.invars, strict=True)]
-            known.update(zip(step.outs, map(np.asarray, bind(step.eqn, arrays)), strict=True))
+    for step in program.steps:
+        eqn, name = step.eqn, step.eqn.primitive.name
+        sizes = [int(np.prod(v.aval.shape)) for v in eqn.outvars if hasattr(v.aval, "shape")]
+        if max(sizes, default=0) > _FOLDABLE or name in _CLOSED:  # a format says more than a value
+            continue
+        if name in _ZERO_AT_ZERO and any(_zeros(v, known) for v in step.ins):
+            known[step.outs[0]] = np.zeros(eqn.outvars[0].aval.shape, eqn.outvars[0].aval.dtype)
+            continue
+        if not all(isinstance(v, Const) or v in known for v in step.ins):
+            continue
+        plain = all(isinstance(v.aval.dtype, np.dtype) for v in (*eqn.invars, *eqn.outvars))
+        if not plain or eqn.effects or inner(eqn) is not None or name.startswith("threefry"):
+            continue
+        values = [v.value if isinstance(v, Const) else known[v] for v in step.ins]
+        if any(isinstance(v, Tracer) for v in values):
+            continue
+        arrays = [np.asarray(v, var.aval.dtype) for v, var in zip(values, eqn.invars, strict=True)]
+        known.update(zip(step.outs, map(np.asarray, evaluate(eqn, arrays)), strict=True))
     return known
 
 

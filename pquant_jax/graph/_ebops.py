@@ -18,13 +18,13 @@ from pquant_jax import _tree
 from pquant_jax._base import KIF, SiteSpec, Tree, View
 from pquant_jax._errors import TraceError, did_you_mean
 from pquant_jax.graph import _costs
+from pquant_jax.graph._batch import TRANSCENDENTAL
 from pquant_jax.graph._cones import folded
 from pquant_jax.graph._costs import Total
 from pquant_jax.graph._interpret import PRODUCTS, Const, Step, bind, contains_product, flatten, nested
 from pquant_jax.graph._values import STRUCTURE
 from pquant_jax.numerics import lookup_p, mask_p, quantize_p, region_name
 
-_UNARY = frozenset("exp exp2 log log1p expm1 tanh logistic rsqrt sqrt cbrt erf sin cos".split())
 _KEEPING = frozenset("max min abs neg site clamp select_n".split())
 _SUMS = {"add": "sum", "max": "max", "min": "min"}  # HGQ2's layers of several operands of one kind
 _WINDOWS = frozenset({"reduce_window_sum", "reduce_window_max", "reduce_window_min"})
@@ -197,7 +197,7 @@ def _rule(run: _Run, step: Step, ins: list[_Bits], made: list[_Bits]) -> None:
         return
     elif name in PRODUCTS or name in ("mul", "div", "square", "integer_pow"):
         _product(run, eqn, ins, out)
-    elif name in _UNARY and (ins[0].bits is not None or "entry" in ins[0].widths):
+    elif name in TRANSCENDENTAL and (ins[0].bits is not None or "entry" in ins[0].widths):
         _enter(ins[0], out, "table")
     else:
         _combined(run, eqn, ins, out)

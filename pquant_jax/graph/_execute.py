@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -32,7 +31,7 @@ from pquant_jax.graph._sites import Run, at_site, input_name, module_of, operand
 from pquant_jax.graph._stats import mean_square, output_axes
 from pquant_jax.graph._tables import masked_choice, masked_maximum, masked_sum, quotient, table
 from pquant_jax.graph._values import Value, constant, is_parameter, outputs, prefix
-from pquant_jax.graph._wishes import WISHES, wish
+from pquant_jax.graph._wishes import WISHES, ask, wish
 from pquant_jax.numerics import product, region_name, site_p
 
 
@@ -172,13 +171,8 @@ def _concrete(v: Value) -> Any:
 def _named(run: Run, eqn: Any, x: Value) -> Value:
     """`pq.site`: a site of that name; on a parameter it says in which format the view should have it."""
     name, kind, fmt = eqn.params["name"], eqn.params["kind"], eqn.params["format"]
-    if x.batch is None and x.leaf is not None:
-        path = x.leaf[0]
-        if fmt is not None:
-            run.asked[path] = fmt
-        if path in run.specs:
-            run.specs[path] = replace(run.specs[path], format=fmt)
-        return x
+    if x.leaf is not None:
+        return x if fmt is None else ask(run, x.leaf[0], "", fmt, x)
     return at_site(run, plain(run, x), name, kind, fmt=fmt)
 
 
@@ -192,21 +186,10 @@ def _region(run: Run, eqn: Any, ins: list[Value], batch: int) -> list[Value]:
             f"everything else the same for all samples; it gives {eqn.outvars[0].aval.shape}"
         )
     made = outputs(eqn, [x, *rest], bind(eqn, [v.val for v in (x, *rest)]), batch)[0]
-    body = flatten(
-        jax.make_jaxpr(lambda *v: bind(eqn, v)[0])(*(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars))
-    )
     values = [v.val for v in rest]
-
-    def function(v: Any) -> Any:
-        known: dict[int, Any] = dict(zip(body.inputs, [v, *values], strict=True))
-        for step in body.steps:
-            known.update(
-                zip(step.outs, bind(step.eqn, [u.value if isinstance(u, Const) else known[u] for u in step.ins]), strict=True)
-            )
-        last = body.outputs[0]
-        return last.value if isinstance(last, Const) else known[last]
-
-    return [table(run, label, x, function, Value(made.val, batch, True, paths=made.paths), declared=True)]
+    return [
+        table(run, label, x, lambda v: bind(eqn, [v, *values])[0], Value(made.val, batch, True, paths=made.paths), declared=True)
+    ]
 
 
 def _elementwise_product(run: Run, eqn: Any, name: str, ins: list[Value], batch: int) -> list[Value]:
@@ -227,7 +210,7 @@ def _product(run: Run, eqn: Any, ins: list[Value], batch: int) -> list[Value]:
         if kernel.leaf is not None:
             run.roles.setdefault(own, _role(eqn, 1 - d, kernel.leaf[1], _site_name(ins[d])))
             spec = run.specs[own]
-            run.specs[own] = SiteSpec(spec.shape, spec.kind, spec.signed, run.roles[own].out_axes, format=spec.format)
+            run.specs[own] = SiteSpec(spec.shape, spec.kind, spec.signed, run.roles[own].out_axes)
     else:
         for n in data:
             ins[n] = operand(run, ins[n], "product")

@@ -33,7 +33,6 @@ class Run:
     roles: dict[str, AxisRole] = field(default_factory=dict)
     stats: dict[str, dict[str, Any]] = field(default_factory=lambda: {"range": {}, "square": {}, "active": {}})
     uses: dict[str, int] = field(default_factory=dict)
-    asked: dict[str, Any] = field(default_factory=dict)  # {parameter path: the format that the model itself asks for}
     scope: str = ""  # the module of the model that the present equation is in, as far as its framework says so
     wishes: dict[tuple[str, str], Any] = field(default_factory=dict)  # {(parameter path, role): format}, see `_wishes`
     tables: dict[str, Any] | None = None  # {table: what its function gives on every code}, where `inst.tables` wants it
@@ -90,7 +89,7 @@ def parameter(run: Run, v: Value, kind: str, derived_name: str) -> Value:
     if path not in run.specs:
         shape = jnp.shape(_tree.flatten(run.view.model)[path])
         own = "bias" if kind == "offset" else "kernel"
-        run.specs[path] = SiteSpec(tuple(shape), own, True, tuple(range(len(shape))), format=run.asked.get(path))
+        run.specs[path] = SiteSpec(tuple(shape), own, True, tuple(range(len(shape))))
     return v
 
 

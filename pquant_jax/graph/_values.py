@@ -13,6 +13,7 @@ from jax.extend.core import ClosedJaxpr
 
 from pquant_jax.graph._interpret import Const, bind, flatten, inner
 from pquant_jax.numerics import reduce_axis
+from pquant_jax.numerics.oracle import significant_bits
 
 EXACT_BITS = 8  # significant bits up to which a constant is multiplied by as it is; more would be a row of adders
 LARGE = 2.0**13  # numbers beyond are infinities by intention: masks
@@ -67,8 +68,8 @@ def _many_bits(array: np.ndarray, reciprocal: bool) -> bool:
         return False
     with np.errstate(divide="ignore"):
         values = 1 / array.astype(np.float64) if reciprocal else array.astype(np.float64)
-    mantissa = np.frexp(values)[0] * 2.0**EXACT_BITS
-    return bool(np.isfinite(values).all() and (np.abs(values) < LARGE).all() and (mantissa != np.rint(mantissa)).any())
+    number = bool(np.isfinite(values).all() and (np.abs(values) < LARGE).all())
+    return number and bool((significant_bits(values) > EXACT_BITS).any())
 
 
 def is_parameter(v: Value) -> bool:

@@ -22,10 +22,13 @@ def wish(run: Run, eqn: Any, x: Value) -> Value:
     role, kind, fmt = eqn.params["name"], eqn.params["kind"], eqn.params["format"]
     if x.leaf is None:
         raise TraceError(f"the wish for {role or 'a ' + kind!r} of {fmt} stands on a computed value; put it on a parameter")
-    if kind == "format":
-        path = x.leaf[0]
-        if run.wishes.setdefault((path, role), fmt) != fmt:
-            raise TraceError(f"{path}: two uses ask for different formats of {role or 'it'}; it is one parameter, ask once")
+    return ask(run, x.leaf[0], role, fmt, x) if kind == "format" else x
+
+
+def ask(run: Run, path: str, role: str, fmt: Any, x: Value) -> Value:
+    """x, with the wish of the parameter `path` for a format written down.  Raises: TraceError for two that differ."""
+    if run.wishes.setdefault((path, role), fmt) != fmt:
+        raise TraceError(f"{path}: two uses ask for different formats of {role or 'it'}; it is one parameter, ask once")
     return x
 
 

@@ -18,6 +18,7 @@ from pquant_jax.lower._estimate import MAX_SIZE, of_program
 from pquant_jax.lower._rules import TABLES
 from pquant_jax.lower._trace import lower_one
 from pquant_jax.numerics import kif, lookup_p, mask_p, quantize_p, region_name
+from pquant_jax.numerics.oracle import significant_bits
 
 MAX_BITS: Final = 18  # significant bits of a constant that meets data: one input of a DSP, and 9 adders where there is none
 _HIDDEN: Final = 2.0**30  # a mask's minus infinity
@@ -189,10 +190,7 @@ def _significant(value: np.ndarray) -> int:
     if value.dtype.kind != "f" or not value.size:
         return 0
     finite = value[np.isfinite(value) & (np.abs(value) < _HIDDEN)].astype(np.float64)
-    mantissa = np.abs(np.frexp(finite)[0] * 2.0**53).astype(np.int64)
-    lowest = mantissa & -mantissa
-    bits = np.where(mantissa > 0, 53 - np.log2(np.maximum(lowest, 1)), 0)
-    return int(bits.max(initial=0))
+    return int(significant_bits(finite).max(initial=0))
 
 
 def _wide(op: Op, ins: Sequence[_Seen], slot: int) -> int | None:

@@ -8,6 +8,7 @@ from typing import Any, Final
 import jax.numpy as jnp
 import numpy as np
 
+from pquant_jax.graph import TRANSCENDENTAL
 from pquant_jax.lower._build import Op, Operand, add, arranged, broadcast, emit, joined, node, numbers, refusal, shape_of, take
 from pquant_jax.lower._windows import WINDOW_RULES
 from pquant_jax.numerics import lookup_p, mask_p
@@ -20,10 +21,7 @@ _REDUCE: Final = {
 }  # fmt: skip
 _ROUND: Final = {"floor": "TRN", "round": "RND_CONV"}
 _WIDE: Final = 50  # integer bits that no exact value on a grid of whole numbers exceeds: float64 holds 53
-TABLES: Final = frozenset(
-    "tanh logistic exp exp2 log log1p expm1 sqrt rsqrt cbrt erf erfc erf_inv sin cos tan asin acos atan atan2 sinh cosh asinh "
-    "acosh atanh pow digamma lgamma".split()
-)
+TABLES: Final = TRANSCENDENTAL | {"atan2"}
 _TABLE: Final = (
     "it is transcendental and has no exact fixed-point form without a table; use relu, or piecewise-linear max and min, "
     "or make it one table with pq.numerics.region"

@@ -14,7 +14,8 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from pquant_jax.lower.ir import Graph, Node, consumers, label, reached, validate
-from pquant_jax.lower.ranges import intervals, least_f, quantize_acts
+from pquant_jax.lower.ranges import intervals, quantize_acts
+from pquant_jax.numerics.oracle import significant_bits
 
 COMMUTATIVE: Final = frozenset({"add", "mul", "max", "min", "eq", "ne"})
 _CONSTANT_BITS: Final = 24  # what a fused bias may have: backends hold constants as float32
@@ -129,7 +130,7 @@ def fuse_biases(graph: Graph) -> Graph:
         total = inner[1] + c
         back = total - inner[1]  # the error of the sum (Knuth's TwoSum) must be zero
         error = (inner[1] - (total - back)) + (c - back)
-        bits = np.frexp(np.abs(np.ldexp(total, least_f(total))))[1]
+        bits = significant_bits(total)
         if error.any() or bits.max(initial=0) > _CONSTANT_BITS:
             return node
         nodes.append(Node("const", (), node.shape, {"value": total}, node.name))
@@ -203,7 +204,7 @@ def lint(graph: Graph, bits: int = 8) -> list[Lint]:
             if node.op == "dot":  # an element of (b, m, k) meets a row of (b, k, n), one of (b, k, n) a column of (b, m, k)
                 met = met.any(1)[:, :, None] if side else met.any(2)[:, None, :]
             value = np.where(varies[at], 0.0, known[at].low)
-            width = np.frexp(np.abs(np.ldexp(value, least_f(value))))[1]
+            width = significant_bits(value)
             for e in np.argwhere((width > bits) & met):
                 element = tuple(int(j) for j in e)
                 found.append(Lint(index, label(graph, index), element, float(value[element]), int(width[element])))

@@ -76,6 +76,15 @@ def _whole(v) -> np.ndarray:
     return np.rint(np.asarray(v)).astype(np.int64)
 
 
+def significant_bits(values: np.ndarray) -> np.ndarray:
+    """Bits of the integer |values| * 2^least_f(values), int64: what a constant multiplier has to multiply by; 0 for 0.
+
+    >>> significant_bits(np.array([0.75, 6.0, 0.0, 1.0, 0.1])).tolist()
+    [2, 2, 0, 1, 52]
+    """
+    return np.frexp(np.abs(np.ldexp(values, least_f(values))))[1].astype(np.int64)
+
+
 def least_f(values: np.ndarray) -> np.ndarray:
     """The smallest f, int64, with `values * 2^f` an integer; 0 for the value 0.
 
