@@ -17,6 +17,7 @@ import pquant_jax as pq
 from pquant_jax import _tree, config
 from pquant_jax.config import _methods, _quantizers
 from pquant_jax.config._load import TAGS, _sections, _tag
+from pquant_jax.lower.rtl import RTLInfo
 from pquant_jax.run import _hardware, _training, skips
 from pquant_jax.run._files import new_folder
 from pquant_jax.run._log import make_log
@@ -172,7 +173,7 @@ def _rtl(experiment, prepared, *, monkeypatch, tmp_path):
     from pquant_jax.lower.backends import da4ml
 
     calls: list[Any] = []
-    info = da4ml.RTLInfo("m", tmp_path, tmp_path, "verilog", 0, 0, 1, 0, 0.0, 0.0, np.zeros((3, 1)), np.zeros((3, 1)))
+    info = RTLInfo("m", tmp_path, tmp_path, "verilog", 0, 0, 1, 0, 0.0, 0.0, np.zeros((3, 1)), np.zeros((3, 1)))
     monkeypatch.setattr(da4ml, "to_comb", lambda graph: None)
     monkeypatch.setattr(da4ml, "write_rtl", lambda comb, where, **k: calls.append((where.name, sorted(k.items()))) or info)
     monkeypatch.setattr(

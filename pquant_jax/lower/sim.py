@@ -25,7 +25,7 @@ import numpy as np
 from pquant_jax._errors import DataError, ToolError
 
 if TYPE_CHECKING:
-    from pquant_jax.lower.backends.da4ml import RTLInfo
+    from pquant_jax.lower.rtl import RTLInfo
 
 TIMEOUT: Final = 900  # seconds for one external command
 _COMPILERS: Final = ("g++", "c++", "clang++")

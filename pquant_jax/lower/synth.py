@@ -22,7 +22,7 @@ from pquant_jax._errors import ToolError
 from pquant_jax.lower.sim import run_tool
 
 if TYPE_CHECKING:
-    from pquant_jax.lower.backends.da4ml import RTLInfo
+    from pquant_jax.lower.rtl import RTLInfo
 
 _CELLS: Final = {"lut": r"LUT\d|SRL.*", "ff": r"FD.*", "carry": r"CARRY\d", "dsp": r"DSP.*", "bram": r"RAMB.*"}
 

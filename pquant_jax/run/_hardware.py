@@ -95,7 +95,7 @@ def _info_json(info: Any, folder: Path) -> dict[str, Any]:
 
 def read_infos(folder: Path) -> dict[str, Any]:
     """The `RTLInfo`s that `write_netlists` left in rtl/info.json."""
-    from pquant_jax.lower.backends.da4ml import RTLInfo
+    from pquant_jax.lower.rtl import RTLInfo
 
     def restored(fields: Mapping[str, Any]) -> Any:
         paths = {key: folder.absolute() / fields[key] for key in ("directory", "src")}

@@ -7,9 +7,10 @@ import pytest
 
 from pquant_jax._errors import LoweringError
 from pquant_jax.lower.backends import _scalars
-from pquant_jax.lower.backends.da4ml import RTLInfo, check_supported, predict, to_comb, write_rtl
+from pquant_jax.lower.backends.da4ml import check_supported, predict, to_comb, write_rtl
 from pquant_jax.lower.emulate import emulate, flatten_batch, port_grid
 from pquant_jax.lower.ir import Graph, Node, validate
+from pquant_jax.lower.rtl import RTLInfo
 from pquant_jax.numerics.oracle import OVERFLOWS, ROUNDINGS
 
 from .random_graphs import KINDS, MODES, const, dense, kernel, node, port, quantized, random_graph

@@ -9,9 +9,10 @@ import pytest
 
 from pquant_jax._errors import DataError, ToolError
 from pquant_jax.lower import sim, synth
-from pquant_jax.lower.backends.da4ml import RTLInfo, to_comb, write_rtl
+from pquant_jax.lower.backends.da4ml import to_comb, write_rtl
 from pquant_jax.lower.emulate import emulate, flatten_batch, port_grid
 from pquant_jax.lower.ir import Graph, Node, validate
+from pquant_jax.lower.rtl import RTLInfo
 
 from .random_graphs import KINDS, MODES, const, dense, node, quantized, random_graph
 

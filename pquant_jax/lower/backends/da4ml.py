@@ -8,12 +8,10 @@ and SAT_SYM, the others are written with its adders and multiplexers.
 from __future__ import annotations
 
 import decimal
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -23,7 +21,8 @@ from pquant_jax.lower.dead import remove_dead
 from pquant_jax.lower.ir import Graph, label
 from pquant_jax.lower.passes import simplify
 from pquant_jax.lower.ranges import Interval, check_exact, intervals, least_f, quantize_acts
-from pquant_jax.numerics.oracle import OVERFLOWS, ROUNDINGS
+from pquant_jax.lower.rtl import RTLInfo, check_names, whole_folder
+from pquant_jax.numerics.oracle import OVERFLOWS, ROUNDINGS, significant_bits
 
 if TYPE_CHECKING:
     from da4ml.types import CombLogic
@@ -32,34 +31,9 @@ MAX_FRACTION: Final = 31  # da4ml looks for the grid of a constant no further th
 MAX_CONSTANT_BITS: Final = 24  # its matrix solver casts kernels to float32
 INTERPRETER_BITS: Final = 31
 _NARROW_OPCODES: Final = (2, 3, 6)  # relu, wrap, multiplexer: computed in 32 bits, like the ports (-1)
-FLAVORS: Final = ("verilog", "vhdl")
 # the modules that da4ml writes beside the top one
 RESERVED: Final = frozenset({"binop", "lookup_table", "multiplier", "mux", "negative", "shift_adder"})
 EXACT_DIGITS: Final = 400  # da4ml computes ranges in Decimal, whose default of 28 digits rounds wide formats
-
-
-class RTLInfo(NamedTuple):
-    """Written RTL: where it is, its ports and da4ml's estimates.
-
-    `stages` is 0 for a combinational netlist; a vector on the input before clock edge 1 is on the output after edge
-    `latency_cycles`; a new vector can enter every `ii` cycles.  `reg_bits`: flip-flops; `cost`: estimated LUTs;
-    `latency_units`: length of the longest path in adder delays.  `inp_kifs`, `out_kifs`: int (3, n), rows k, i, f, of
-    the port elements as they lie in `model_inp` and `model_out`, first element in the lowest bits, no bit where
-    k + i + f = 0 (an input that is never used).
-    """
-
-    name: str
-    directory: Path
-    src: Path
-    flavor: str
-    stages: int
-    latency_cycles: int
-    ii: int
-    reg_bits: int
-    cost: float
-    latency_units: float
-    inp_kifs: np.ndarray
-    out_kifs: np.ndarray
 
 
 def check_supported(graph: Graph) -> list[Interval]:
@@ -106,7 +80,7 @@ def _check_constants(graph: Graph, index: int, own: Interval) -> None:
     """Those that a varying node reads; what is computed from constants alone is folded and may be finer."""
     value = np.where(own.low == own.high, own.low, 0.0)
     f = least_f(value)
-    bits = np.frexp(np.abs(np.ldexp(value, f)))[1]
+    bits = significant_bits(value)
     is_kernel = np.array_equal(own.low, own.high)
     bad = (f > MAX_FRACTION) | (is_kernel & (bits > MAX_CONSTANT_BITS))
     if bad.any():
@@ -231,44 +205,16 @@ def write_rtl(
     renamed, so that it is complete or absent.  Raises `LoweringError` for a bad name or flavor, an existing directory
     without `overwrite`, and limits of da4ml.
     """
-    if flavor not in FLAVORS:
-        raise LoweringError(f"flavor is {flavor!r}; {did_you_mean(flavor, FLAVORS)}")
-    if not (name.isascii() and name.isidentifier()) or name.startswith("_") or name in RESERVED:
-        raise LoweringError(
-            f"name is {name!r}, expected letters, digits and _, beginning with a letter, "
-            f"and none of {', '.join(sorted(RESERVED))}"
-        )
-    target = Path(directory).absolute()
-    if target.exists() and not overwrite:
-        raise LoweringError(f"{target} exists; pass overwrite=True to replace it, or another directory")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    from da4ml.codegen import RTLModel
-    from da4ml.trace.pipeline import to_pipeline
+    check_names(name, flavor, RESERVED)
+    with whole_folder(directory, overwrite=overwrite) as partial, exact_da4ml("writing RTL"):
+        from da4ml.codegen import RTLModel
+        from da4ml.trace.pipeline import to_pipeline
 
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        with exact_da4ml("writing RTL"):
-            pipe = to_pipeline(comb, latency_cutoff, verbose=False) if latency_cutoff > 0 else None
-            model = RTLModel(pipe or comb, name, partial, flavor=flavor, print_latency=False)
-            model.write()
-            comb.save(partial / "model" / "comb.json")
-            info = _describe(comb, pipe, name, target, flavor)
-        partial.chmod(0o755)
-        _swap(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return info
-
-
-def _swap(new: Path, target: Path) -> None:
-    """Put `new` where `target` is; the old one is removed only after the new one is in its place."""
-    if not target.exists():
-        new.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    target.rename(old / target.name)
-    new.rename(target)
-    shutil.rmtree(old)
+        pipe = to_pipeline(comb, latency_cutoff, verbose=False) if latency_cutoff > 0 else None
+        model = RTLModel(pipe or comb, name, partial, flavor=flavor, print_latency=False)
+        model.write()
+        comb.save(partial / "model" / "comb.json")
+        return _describe(comb, pipe, name, Path(directory).absolute(), flavor)
 
 
 def _describe(comb: CombLogic, pipe: Any, name: str, target: Path, flavor: str) -> RTLInfo:
