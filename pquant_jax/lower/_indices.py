@@ -217,9 +217,8 @@ def _layouts(shapes: Sequence[Sequence[int]]) -> Iterator[tuple[tuple[int, ...],
     """(space, channels, channels last) in which arrays of these shapes may be seen, without repetition."""
     seen = set()
     for shape in shapes:
-        dims = tuple(int(n) for n in shape)
-        while len(dims) > 1 and dims[0] == 1:
-            dims = dims[1:]
+        ones = next((d for d, n in enumerate(shape[:-1]) if n != 1), max(len(shape) - 1, 0))
+        dims = tuple(int(n) for n in shape[ones:])
         options = []
         if len(dims) in (2, 3):
             options += [(dims[:-1], dims[-1], True), (dims[1:], dims[0], False)]
