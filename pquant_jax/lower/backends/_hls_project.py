@@ -127,7 +127,7 @@ def _folded(graph: Graph, layers: Sequence[Layer]) -> list[Layer]:
             out.append(layer)
         else:
             kept = tuple(j for j in layer.inputs if j not in constant or j in graph.outputs)
-            out.append(layer._replace(inputs=kept, op=f"{layer.op} with a constant"))
+            out.append(layer._replace(inputs=kept or graph.inputs[:1], op=f"{layer.op} with a constant"))
     return out
 
 
