@@ -81,7 +81,7 @@ def to_hls(
     _hls_project.check_ports(graph)
     project, outputs = _hls_project.emitted(graph, known, asked, settings)
     names = _hls_project.configured(project, asked)
-    _hls_project.check_reuse(project, asked, names)
+    _hls_project.check_reuse(project, names)
     modelled = _hls_project.model_graph(project, outputs, asked, names, settings, Path(directory))
     sizes = tuple(int(np.prod(graph.nodes[j].shape, dtype=np.int64)) for j in graph.outputs)
     return HLSModel(graph, modelled, tuple(project.made), sizes, settings, Path(directory))
