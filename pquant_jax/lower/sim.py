@@ -12,13 +12,14 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -116,16 +117,22 @@ def run_tool(command: Sequence[str | Path], *, cwd: Path, timeout: float, env: M
     """Run an external program and return what it printed; `ToolError` with its last lines if it fails or takes too long."""
     name = Path(str(command[0])).name
     words = [str(c) for c in command]
-    try:
-        done = subprocess.run(words, cwd=cwd, env=env and dict(env), capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired as error:
-        raise ToolError(f"{name} did not finish in {timeout:g} s; use a smaller model or a longer timeout") from error
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    try:  # a session of its own, so that what the program started (make its compilers) ends with it
+        process = subprocess.Popen(words, cwd=cwd, env=env and dict(env), start_new_session=True, **pipes)
     except OSError as error:
         raise ToolError(f"{name} could not be started: {error}") from error
-    printed = done.stdout + done.stderr
-    if done.returncode:
+    with process:
+        try:
+            printed = "".join(process.communicate(timeout=timeout))
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise ToolError(f"{name} did not finish in {timeout:g} s; use a smaller model or a longer timeout") from error
+            raise
+    if process.returncode:
         tail = "\n".join(printed.strip().splitlines()[-15:])
-        raise ToolError(f"{name} ended with code {done.returncode} in {cwd}:\n{tail or 'no output'}")
+        raise ToolError(f"{name} ended with code {process.returncode} in {cwd}:\n{tail or 'no output'}")
     return printed
 
 

@@ -12,7 +12,6 @@ ROWS = 48  # of a port's table in the README
 _HELP = {
     "sim-verilog": "the SystemVerilog testbench under Verilator 5",
     "sim-vhdl": "the VHDL testbench under GHDL",
-    "lint-verilog": "every remark of Verilator, those on the netlist too",
     "synth": "LUT, FF, carry and DSP counts with Yosys",
     "synth-vivado": "synthesis, placement and routing with Vivado, FLAVOR=verilog or vhdl",
     "sim-xsim": "the testbench in xsim, FLAVOR=verilog or vhdl",
@@ -25,7 +24,7 @@ def makefile(name: str, vectors: int, sources: Mapping[str, Sequence[str]]) -> s
     """Targets of the flavors that were written."""
     absent = set()
     if "verilog" not in sources:
-        absent |= {"sim-verilog", "lint-verilog", "synth"}
+        absent |= {"sim-verilog", "synth"}
     if "vhdl" not in sources:
         absent |= {"sim-vhdl"}
     built = [f"{verb}-{flavor}" for flavor in sources for verb in ("build", "sim")]
@@ -38,7 +37,7 @@ def makefile(name: str, vectors: int, sources: Mapping[str, Sequence[str]]) -> s
         flavors=" or ".join(sources),
         verilog_paths=" ".join(f"rtl/verilog/{s}" for s in sources.get("verilog", ())),
         vhdl_paths=" ".join(f"rtl/vhdl/{s}" for s in sources.get("vhdl", ())),
-        phony=" ".join([*built, *(["lint-verilog"] if "verilog" in sources else [])]),
+        phony=" ".join(built),
         help="\n".join(f"\t@echo '{target:<14} {text}'" for target, text in _HELP.items() if target not in absent),
         verilog_rules=verilog[0],
         vhdl_rules=fill("vhdl.mk") if "vhdl" in sources else "",

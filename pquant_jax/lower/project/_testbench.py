@@ -7,11 +7,6 @@ from typing import NamedTuple
 
 from pquant_jax.lower.project._ports import Element, Ports, bits, fill
 
-CONFIGURATION = """`verilator_config
-// what the netlist generator writes is not checked for style; the testbench is (make lint-verilog shows everything)
-lint_off -file "*rtl/verilog/*"
-"""
-
 
 class Timing(NamedTuple):
     """How many vectors, clock edges until a result (0: no clock) and the clock period in ps."""

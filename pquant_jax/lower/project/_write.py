@@ -134,6 +134,8 @@ def _write_rtl(backend: Any, comb: Any, root: Path, target: Path, name: str, fla
     made.src.rename(source)
     for path in [*source.glob("*.xdc"), *source.glob("*.sdc")]:
         path.unlink()
+    if (tables := source / "memfiles").is_dir() and not any(tables.iterdir()):
+        tables.rmdir()
     (root / "model").mkdir(exist_ok=True)
     for path in (made.directory / "model").glob("*.json"):
         path.replace(root / "model" / path.name)
@@ -235,7 +237,6 @@ def _write_texts(root: Path, about: Mapping[str, Any], rtl: RTLInfo, ports: Port
     texts |= {f"vivado/{file}": text for file, text in _vivado.scripts(name, about["part"], count, sources).items()}
     if "verilog" in sources:
         texts[f"sim/tb_{name}.sv"] = _testbench.verilog(name, ports, _tables(root / "rtl" / "verilog"), timing)
-        texts["sim/verilator.vlt"] = _testbench.CONFIGURATION
         texts["synth/yosys.ys"] = "\n".join(script(name, [Path(s).name for s in sources["verilog"]])) + "\n"
     if "vhdl" in sources:
         texts[f"sim/tb_{name}.vhd"] = _testbench.vhdl(name, ports, _tables(root / "rtl" / "vhdl"), timing)
@@ -249,9 +250,10 @@ def _contents(root: Path, name: str, sources: Mapping[str, Sequence[str]]) -> di
     made = {f"rtl/{flavor}": f"the netlist in {flavor}, top `{name}`" for flavor in sources}
     if next(root.glob(f"rtl/*/{name}_wrapper.*"), None):
         made[f"rtl/*/{name}_wrapper.*"] = "the same with every element padded to one width; not used here"
-    made["rtl/*/memfiles"] = "tables of the netlist, read from the working directory by their bare names"
+    if next(root.glob("rtl/*/memfiles"), None):
+        made["rtl/*/memfiles"] = "tables of the netlist, read from the working directory by their bare names"
     if "verilog" in sources:
-        made |= {f"sim/tb_{name}.sv": "testbench in SystemVerilog", "sim/verilator.vlt": "what Verilator need not remark on"}
+        made[f"sim/tb_{name}.sv"] = "testbench in SystemVerilog"
         made["synth/yosys.ys"] = "script of `make synth`"
     if "vhdl" in sources:
         made[f"sim/tb_{name}.vhd"] = "testbench in VHDL"

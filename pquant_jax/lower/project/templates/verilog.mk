@@ -1,9 +1,9 @@
 build-verilog: build/verilog/obj/tb_$(NAME)
 
-build/verilog/obj/tb_$(NAME): $(VERILOG) sim/tb_$(NAME).sv sim/verilator.vlt
+build/verilog/obj/tb_$(NAME): $(VERILOG) sim/tb_$(NAME).sv
 	mkdir -p build/verilog
 	$(VERILATOR) --binary --timing -Wall -Wno-fatal $(VERILATOR_FLAGS) --top-module tb_$(NAME) -Mdir build/verilog/obj \
-	  -o tb_$(NAME) sim/verilator.vlt $(VERILOG) sim/tb_$(NAME).sv > build/verilog/build.log 2>&1; \
+	  -o tb_$(NAME) $(VERILOG) sim/tb_$(NAME).sv > build/verilog/build.log 2>&1; \
 	  status=$$?; cat build/verilog/build.log; exit $$status
 
 # the simulation reads vectors and tables from its working directory
@@ -11,7 +11,4 @@ sim-verilog: build-verilog
 	cp vectors/*.hex $(wildcard rtl/verilog/memfiles/*) build/verilog
 	cd build/verilog && { obj/tb_$(NAME) > simulation.log 2>&1; status=$$?; cat simulation.log; exit $$status; }
 	grep -q '^PASS $(VECTORS) vectors' build/verilog/simulation.log
-
-lint-verilog:
-	$(VERILATOR) --lint-only --timing -Wall -Wno-fatal --top-module tb_$(NAME) $(VERILOG) sim/tb_$(NAME).sv
 
