@@ -19,12 +19,12 @@ from pquant_jax._base import InputSpec, Tree
 from pquant_jax._errors import LoweringError, did_you_mean
 from pquant_jax.graph import Const, Model, flatten, from_function
 from pquant_jax.lower._build import Nodes, Op, Operand, add, node, numbers, take
-from pquant_jax.lower._onnx_ops import MOVES, OPS, PRODUCTS, convolution, refused
+from pquant_jax.lower._onnx_ops import MOVES, OPS, PRODUCTS, convolution, interpolated, refused, table_of
 from pquant_jax.lower._trace import lower_one
 from pquant_jax.lower.backends._onnx_read import Source, Step, read
 from pquant_jax.lower.ir import Graph, reached, validate
 from pquant_jax.lower.ranges import Interval, intervals
-from pquant_jax.numerics import kif, quantize, site
+from pquant_jax.numerics import kif, lookup, quantize, region, site
 from pquant_jax.numerics.oracle import least_f
 from pquant_jax.quantize import Format
 
@@ -94,9 +94,15 @@ def from_qonnx(
     for leaf in plan.leaves.values():
         params.setdefault(leaf.folder, {})[leaf.leaf] = jnp.asarray(leaf.value, jnp.float32)
 
+    first = next(iter(plan.leaves.values()), None)
+    tables = {f"/{plan.names[s.output]}/table": _entries(s) for s in plan.steps if s.op == "table"}
+
     def forward(params: Tree, x: Any) -> Any:
+        def parameter(leaf: _Leaf) -> Any:
+            return _asked(params, leaf, tables if leaf is first else {})
+
         given = x if isinstance(x, tuple) else (x,)
-        out = _run(plan, given, lambda leaf: _asked(params, leaf), _sited(plan, formats))
+        out = _run(plan, given, parameter, _sited(plan, formats))
         return out[0] if len(out) == 1 else tuple(out)
 
     alone = len(sample) == 1
@@ -157,7 +163,7 @@ def _planned(source: Source, constant_bits: int | None) -> _Plan:
 def _place(step: Step) -> str:
     """A name for a layer or site: that of the node, without the op that the exporter put behind it."""
     name = re.sub(r"[^\w/]+", "_", step.name).strip("_/") or step.op
-    for tail in (f"/{step.op}", "/Quant", "/kernel" if step.op in PRODUCTS else "/"):
+    for tail in (f"/{step.op}", "/Quant", "/Gather" if step.op == "table" else "/", "/kernel" if step.op in PRODUCTS else "/"):
         name = name.removesuffix(tail)
     return name or step.op
 
@@ -233,7 +239,7 @@ def _run(plan: _Plan, given: Sequence[Any], parameter: Callable[[_Leaf], Any], s
 
 def _applied(step: Step, ins: Sequence[Any]) -> Any:
     with jax.named_scope(re.sub(r"[^\w/]+", "_", step.name) or step.op):
-        if step.op == "quantize":
+        if step.op in ("quantize", "table"):
             return ins[0]
         if step.op == "Scale":
             spread = (1, -1, *(1,) * (ins[0].ndim - 2))
@@ -257,7 +263,10 @@ def _typed(step: Step, ins: Sequence[Any]) -> list[Any]:
 
 
 def _hard(step: Step, number: int, x: Any) -> Any:
-    """Quantizers as they are in the file."""
+    """Quantizers and tables as they are in the file."""
+    if step.op == "table" and number < 0:
+        form, table = table_of(step, x.shape[1:])
+        return lookup(x, kif(form.k, form.i, form.f), table)
     if step.op != "quantize" or number >= 0:
         return x
     at = step.attrs
@@ -290,6 +299,8 @@ def _sited(plan: _Plan, formats: Mapping[str, Format]) -> Sites:
         if step.op == "quantize":
             own = _format_of(step)
             return x if number >= 0 else _hard(step, number, x) if own is None else site(x, place, "input", own)
+        if step.op == "table" and number < 0:
+            return region(lambda v: interpolated(step, v), place)(x)
         where = _operand_place(plan, step, number)
         return site(x, where, "input", formats[where]) if number >= 0 and where in formats else x
 
@@ -309,7 +320,7 @@ def _bare(plan: _Plan) -> list[tuple[Step, int]]:
     for step in plan.steps:
         if (step.op == "quantize" and _format_of(step) is not None) or (step.op in MOVES and step.inputs[0] in bounded):
             bounded.add(step.output)
-        multiplies = step.op in (*PRODUCTS, "Scale", "Mul")
+        multiplies = step.op in (*PRODUCTS, "Scale", "Mul", "table")
         for number, name in enumerate(step.inputs):
             varies = name not in plan.source.constants and (step.output, number) not in plan.leaves
             if multiplies and varies and name not in bounded:
@@ -369,9 +380,19 @@ def _of_forward(forward: Callable[..., Any], sample: tuple[np.ndarray, ...], por
     return validate(reached(Graph(tuple(build), tuple(declared), tuple(results))))
 
 
-def _asked(params: Tree, leaf: _Leaf) -> Any:
-    """The parameter, asking for the narrowest format that holds what the file has."""
+def _entries(step: Step) -> Format:
+    """The format that holds every entry of a table."""
+    codes, scale = np.meshgrid(step.attrs["codes"], np.unique(step.attrs["scale"]))
+    value = codes * np.asarray(scale, np.float64)
+    return _holding(Interval(np.minimum(value, 0), np.maximum(value, 0), least_f(value)))
+
+
+def _asked(params: Tree, leaf: _Leaf, others: Mapping[str, Format]) -> Any:
+    """The parameter, asking for the narrowest format that holds what the file has; `others`: of places without a parameter."""
     value = leaf.value
     f = least_f(value)
     own = Interval(np.minimum(value, 0), np.maximum(value, 0), f)
-    return site(params[leaf.folder][leaf.leaf], "", "format", _holding(own)).reshape(leaf.shape)
+    asking = site(params[leaf.folder][leaf.leaf], "", "format", _holding(own))
+    for place, fmt in others.items():
+        asking = site(asking, place, "format", fmt)
+    return asking.reshape(leaf.shape)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pquant_jax._base import KIF, Table
 from pquant_jax._errors import LoweringError
 from pquant_jax.lower.backends._onnx_read import Step
 
@@ -133,7 +134,7 @@ def _unsqueeze(step: Step, x: Any, axes: Any = None) -> Any:
 def _gather(step: Step, x: Any, index: Any) -> Any:
     axis = step.attrs.get("axis", 0) % x.ndim
     if axis == 0 or isinstance(index, jax.Array):
-        raise refused(step, "of the batch, or with an index that is computed; a table is written by lower.trace alone")
+        raise refused(step, "of the batch, or by a computed index: that is a table only behind a Quant, as to_qonnx writes it")
     return jnp.take(x, np.asarray(index, np.int32) % x.shape[axis], axis)
 
 
@@ -177,6 +178,37 @@ def _divide(step: Step, x: Any, y: Any) -> Any:
     if isinstance(y, jax.Array) or not np.all(np.abs(np.frexp(np.asarray(y))[0]) == 0.5):
         raise refused(step, "only powers of two divide exactly; multiply by a quantized constant")
     return x * np.asarray(1 / np.asarray(y, np.float64), np.float32)
+
+
+def table_of(step: Step, shape: tuple[int, ...]) -> tuple[KIF, Table]:
+    """(format of the input, table) of a `table` step on samples of `shape`."""
+    k, i, f, first, scale = (np.broadcast_to(np.asarray(step.attrs[n]), shape) for n in ("k", "i", "f", "first", "scale"))
+    alive = k + i + f > 0
+    k, i, f = (np.where(alive, v, 0).astype(np.int64) for v in (k, i, f))
+    width = np.where(alive, k + i + f, 0)
+    start = np.asarray(first, np.int64) - np.where(alive, k * np.ldexp(1.0, i + f), 0).astype(np.int64)
+    codes = step.attrs["codes"]
+    if np.any(start < 0) or np.any(start + (1 << width) > codes.size) or not np.all(np.frexp(scale)[0] == 0.5):
+        raise refused(step, f"its input has {int(width.max())} bits and it has {codes.size} entries, on a grid of powers of two")
+    entry = np.minimum(np.arange(1 << int(width.max(initial=0))), (1 << width)[..., None] - 1)  # behind the last: never read
+    entry = start[..., None] + entry
+    f_out = 1 - np.frexp(scale)[1]
+    rows = np.concatenate([codes[entry].reshape(-1, entry.shape[-1]), f_out.reshape(-1, 1)], axis=1)
+    unique, which = np.unique(rows, axis=0, return_inverse=True)
+    rows, which = unique.astype(np.int32), which.reshape(shape).astype(np.int32)
+    return KIF(k, i, f), Table(rows[:, :-1], rows[:, -1], which)
+
+
+def interpolated(step: Step, x: Any) -> Any:
+    """The table's entries on its codes, straight lines between them, so that there is a gradient."""
+    form, table = table_of(step, x.shape[1:])
+    values = np.ldexp(table.codes.astype(np.float64), -table.f[:, None]).astype(np.float32)
+    steps = np.diff(values, axis=1, append=values[:, -1:])
+    low = np.where(form.k + form.i + form.f > 0, -form.k * np.ldexp(1.0, form.i), 0).astype(np.float32)
+    place = jnp.clip((x - low) * np.ldexp(1.0, form.f).astype(np.float32), 0, values.shape[1] - 1)
+    entry = lax.stop_gradient(jnp.floor(place)).astype(jnp.int32)
+    which = np.broadcast_to(table.which, x.shape[1:])
+    return jnp.asarray(values)[which, entry] + (place - entry) * jnp.asarray(steps)[which, entry]
 
 
 def _bipolar(step: Step, x: Any, scale: Any, *_: Any) -> Any:

@@ -243,6 +243,27 @@ def test_round_trip_of_a_model():
     assert len(lower.simplify(imported.graph).nodes) == len(lower.simplify(graph).nodes)
 
 
+def test_tables_come_back_and_have_a_gradient():
+    def forward(params, x):
+        return jnp.tanh(x @ params["a"]["kernel"]) @ params["b"]["kernel"]
+
+    rng = np.random.default_rng(0)
+    a, b = (jnp.asarray(rng.normal(0, 0.5, s), jnp.float32) for s in ((4, 3), (3, 2)))
+    inst = pq.instrument(pq.from_function(forward, {"a": {"kernel": a}, "b": {"kernel": b}}), jnp.zeros((1, 4)))
+    chain = pq.quantize.fixed(inst.sites, activations=pq.quantize.Format(i=1, f=4, k=1, granularity="tensor"))
+    state = chain.attach(inst.model.params)
+    graph = lower.trace(inst, chain.apply(state, chain.init(state))[0], {})
+    assert sum(n.op == "table" for n in graph.nodes) == 1
+    imported = lower.from_qonnx(out.to_qonnx(graph))
+    x = port_grid(graph, 300, np.random.default_rng(1))
+    for found in (imported.graph, lowered(imported)):
+        assert sum(n.op == "table" for n in found.nodes) == 1
+        np.testing.assert_array_equal(emulate(found, x)[0], emulate(graph, x)[0])
+    params, x = imported.model.params, jnp.full((1, 4), 0.3)
+    gradient = jax.grad(lambda p: jnp.sum(imported.model.forward(p, {}, x, train=False, rng=None)[0]))(params)
+    assert all(bool(jnp.any(g != 0)) for g in jax.tree.leaves(gradient))
+
+
 def test_bipolar_weights():
     rng, w = np.random.default_rng(0), Writer()
     y = w.add("MatMul", w.quant("global_in", 0.25, 5), w.add("BipolarQuant", rng.normal(0, 1, (6, 4)), 0.5))

@@ -99,7 +99,7 @@ def read(model: Any) -> Source:
             continue
         steps.append(step)
     outputs = [str(alias.get(o.name, o.name)) for o in body.output]
-    steps = _without_dead(_masked(steps, found), outputs)
+    steps = _without_dead(_tables(_masked(steps, found), found), outputs)
     return Source(inputs, _ports(steps, inputs), constants, steps, outputs)
 
 
@@ -338,6 +338,41 @@ def _masked(steps: Sequence[Step], found: _Found) -> list[Step]:
             place[step.output] = len(out)
         out.append(step)
     return out
+
+
+def _tables(steps: Sequence[Step], found: _Found) -> list[Step]:
+    """With `table` steps (first, codes, scale, and k, i, f of the quantizer in front) where `to_qonnx` wrote a table."""
+    made = {s.output: s for s in steps}
+    return [_table(step, made, found) or step for step in steps]
+
+
+def _table(step: Step, made: dict[str, Step], found: _Found) -> Step | None:
+    """codes[x * 2^f + first] * scale, where x comes from a quantizer of that f."""
+    result = _scaled_step(step, "Mul", found)
+    gather = made.get(result[0]) if result is not None else None
+    codes = found.constants.get(gather.inputs[0]) if gather is not None and gather.op == "Gather" else None
+    if result is None or gather is None or codes is None or codes.ndim != 1:
+        return None
+    entry, first = made.get(gather.inputs[1]), np.zeros((), np.int64)
+    if entry is not None and (shifted := _scaled_step(entry, "Add", found)) is not None:
+        entry, first = made.get(shifted[0]), shifted[1]
+    read_at = _scaled_step(entry, "Mul", found) if entry is not None else None
+    x = made.get(read_at[0]) if read_at is not None else None
+    if read_at is None or x is None or x.op != "quantize":
+        return None
+    k, i, f = (x.attrs[key] for key in "kif")
+    if not np.all(read_at[1] == np.ldexp(1.0, np.where(k + i + f > 0, f, 0))):
+        return None
+    return Step("table", gather.name, (x.output,), step.output, dict(first=first, codes=codes, scale=result[1], k=k, i=i, f=f))
+
+
+def _scaled_step(step: Step, op: str, found: _Found) -> tuple[str, np.ndarray] | None:
+    """(x, c) of a step `op(x, c)`."""
+    if step.op == op:
+        for x, c in (step.inputs, step.inputs[::-1]):
+            if c in found.constants and x not in found.constants:
+                return x, found.constants[c]
+    return None
 
 
 def _without_dead(steps: Sequence[Step], outputs: Sequence[str]) -> list[Step]:
