@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import collections
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from pquant_jax._errors import DataError, LoweringError, ToolError, did_you_mean
+from pquant_jax.lower.backends._onnx_layers import layers, write_layer
 from pquant_jax.lower.backends._onnx_nodes import operation
 from pquant_jax.lower.backends._onnx_quant import FLOAT_BITS, bits_needed, plan, port
 from pquant_jax.lower.backends._onnx_writer import (
@@ -32,6 +33,7 @@ from pquant_jax.lower.backends._onnx_writer import (
 from pquant_jax.lower.emulate import flatten_batch
 from pquant_jax.lower.ir import Graph, label
 from pquant_jax.lower.ranges import Interval, check_exact, check_float32, intervals
+from pquant_jax.lower.structure import Layer
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -123,17 +125,21 @@ def _body(w: Writer, graph: Graph, known: Sequence[Interval]) -> tuple[list[str]
     """Write every node; returns the names of the model's inputs and outputs."""
     if not graph.inputs:
         raise LoweringError("the graph has no input, so an ONNX model of it has no batch; evaluate it with lower.emulate")
-    values: list[Operand] = []
+    values: dict[int, Operand] = {}
     ports: dict[int, str] = {}
-    for index, node in enumerate(graph.nodes):
-        if node.op == "input":
+    found = layers(w, graph)
+    for index in _needed(graph, found):
+        node = graph.nodes[index]
+        if index in found:
+            values[index] = write_layer(w, found[index], values[found[index].inputs[0]])
+        elif node.op == "input":
             ports[index] = unique(w, node.name or "input")
             w.tensors[ports[index]] = (w.real, node.shape)
             shape = physical(node.shape)
             x = reshaped(w, ports[index], shape, "port")
-            values.append(port(w, x, plan(node, None, shape), shape, "port"))
+            values[index] = port(w, x, plan(node, None, shape), shape, "port")
         else:
-            values.append(operation(w, graph, index, [values[j] for j in node.inputs], known))
+            values[index] = operation(w, graph, index, [values[j] for j in node.inputs], known)
     like = ports[graph.inputs[0]]
     results = []
     for place, index in enumerate(graph.outputs):
@@ -141,6 +147,15 @@ def _body(w: Writer, graph: Graph, known: Sequence[Interval]) -> tuple[list[str]
         x = reshaped(w, batched(w, values[index], shape, like), shape, "output")
         results.append(_named(w, x, "output" if len(graph.outputs) == 1 else f"output_{place}"))
     return [ports[j] for j in graph.inputs], results
+
+
+def _needed(graph: Graph, found: Mapping[int, Layer]) -> list[int]:
+    """The nodes that are written: a layer needs its inputs only."""
+    needed = {*graph.inputs, *graph.outputs}
+    for index in reversed(range(len(graph.nodes))):
+        if index in needed:
+            needed.update(found[index].inputs if index in found else graph.nodes[index].inputs)
+    return sorted(needed)
 
 
 def _named(w: Writer, x: str, name: str) -> str:
