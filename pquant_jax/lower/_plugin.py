@@ -58,7 +58,7 @@ def _tracer(base: Any, backend: Any, model: Finished | Graph, hwconf: Any, solve
     package = backend.__name__.rpartition(".")[2]
     if not isinstance(model, Finished | Graph):
         got = type(model).__name__
-        raise LoweringError(f"{package} traces a lower.Finished(inst, view, model_state) or a lower.Graph of pquant_jax, got {got}")
+        raise LoweringError(f"{package} traces a lower.Finished(inst, view, model_state) or a lower.Graph, got {got}")
     if options:
         raise LoweringError(f"unknown options of trace_model: {', '.join(sorted(options))}; formats and modes are the model's")
     graph = model if isinstance(model, Graph) else trace(*model)

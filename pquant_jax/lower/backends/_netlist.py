@@ -95,9 +95,7 @@ def _check_constants(graph: Graph, index: int, own: Interval, package: str) -> N
         )
 
 
-def prepare(
-    graph: Graph, check: Callable[[Graph], list[Interval]], keep_dead: bool
-) -> tuple[Graph, list[Interval]]:
+def prepare(graph: Graph, check: Callable[[Graph], list[Interval]], keep_dead: bool) -> tuple[Graph, list[Interval]]:
     """The graph that becomes a netlist, without what is dead or does nothing, and its intervals; `check` it first."""
     known = check(graph)
     if keep_dead:

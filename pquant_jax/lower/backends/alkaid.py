@@ -31,7 +31,7 @@ from pquant_jax.numerics.oracle import significant_bits
 if TYPE_CHECKING:
     from alkaid.types import CombLogic
 
-INTERPRETER_BITS: Final = 63
+HWCONF: Final = (1, 1, -1)  # alkaid's default: delays grow with the length of a carry chain
 # the modules that alkaid writes beside the top one, besides logic0, logic1, ... and table_<hash>
 RESERVED: Final = frozenset({"binop", "multiplier", "mux", "negative", "shift_adder", "ternary_adder"})
 
@@ -60,7 +60,7 @@ def circuit(hwconf: tuple[float, float, float], solver_options: Mapping[str, Any
 def to_comb(
     graph: Graph,
     *,
-    hwconf: tuple[float, float, float] = (1, 1, -1),
+    hwconf: tuple[float, float, float] = HWCONF,
     solver_options: Mapping[str, Any] | None = None,
     keep_dead: bool = False,
 ) -> CombLogic:
@@ -166,6 +166,25 @@ def predict(comb: CombLogic, x: np.ndarray) -> np.ndarray:
     """
     flat = netlist.flat_samples(x, comb.shape[0])
     return np.asarray(comb.predict(flat, n_threads=1), np.float64).reshape(len(flat), comb.shape[1])
+
+
+def staged(comb: CombLogic, latency_cutoff: float) -> tuple[int, int, float]:
+    """(stages, flip-flops, estimated LUTs) of the netlist with registers at that cutoff, in alkaid's nanoseconds; II = 1."""
+    model = _model(comb, latency_cutoff)
+    return len(model.fsm.logic), int(model.reg_bits), float(sum(block.cost for block in model.fsm.logic.values()))
+
+
+def longest(comb: CombLogic) -> float:
+    """The longest path in alkaid's nanoseconds, of what is written: a cutoff from which one stage holds everything."""
+    return float(max(block.latency[1] for block in _model(comb, -1).fsm.logic.values()))
+
+
+def _model(comb: CombLogic, latency_cutoff: float) -> Any:
+    """alkaid's model of the RTL, which fuses adders of three operands; nothing is written."""
+    from alkaid.codegen import RTLModel
+
+    with exact("pipelining"):
+        return RTLModel(comb, "net", "net", latency_cutoff=latency_cutoff, print_latency=False)
 
 
 def write_rtl(

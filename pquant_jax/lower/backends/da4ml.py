@@ -29,6 +29,7 @@ INTERPRETER_BITS: Final = 31
 _NARROW_OPCODES: Final = (2, 3, 6)  # relu, wrap, multiplexer: computed in 32 bits, like the ports (-1)
 # the modules that da4ml writes beside the top one
 RESERVED: Final = frozenset({"binop", "lookup_table", "multiplier", "mux", "negative", "shift_adder"})
+HWCONF: Final = (1, -1, -1)  # adders and carry chains of any width: one unit of delay
 EXACT_DIGITS: Final = 400  # da4ml computes ranges in Decimal, whose default of 28 digits rounds wide formats
 
 
@@ -49,7 +50,7 @@ def circuit(hwconf: tuple[float, float, float], solver_options: Mapping[str, Any
 def to_comb(
     graph: Graph,
     *,
-    hwconf: tuple[float, float, float] = (1, -1, -1),
+    hwconf: tuple[float, float, float] = HWCONF,
     solver_options: Mapping[str, Any] | None = None,
     keep_dead: bool = False,
 ) -> CombLogic:
@@ -136,6 +137,20 @@ def predict(comb: CombLogic, x: np.ndarray) -> np.ndarray:
             "(`sim.simulate`), or narrow the quantizers: beyond 24 bits the float32 forward isn't exact either"
         )
     return np.asarray(comb.predict(flat, n_threads=1), np.float64).reshape(len(flat), comb.shape[1])
+
+
+def staged(comb: CombLogic, latency_cutoff: float) -> tuple[int, int, float]:
+    """(stages, flip-flops, estimated LUTs) of the netlist with registers at that cutoff, in adder delays; II = 1."""
+    from da4ml.trace.pipeline import to_pipeline
+
+    with exact("pipelining"):
+        pipe = to_pipeline(comb, latency_cutoff, verbose=False)
+    return len(pipe.solutions), int(pipe.reg_bits), float(pipe.cost)
+
+
+def longest(comb: CombLogic) -> float:
+    """The longest path in adder delays: a cutoff from which one stage holds everything."""
+    return float(max(comb.latency))
 
 
 def write_rtl(
