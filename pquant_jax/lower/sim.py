@@ -187,7 +187,8 @@ def build(rtl: RTLInfo, work: Path, *, jobs: int = 2) -> Path:
 
 def _compile_model(rtl: RTLInfo, compiler: str, root: Path, folder: Path) -> Path:
     env = {**{k: v for k, v in os.environ.items() if k != "MAKEFLAGS"}, "VERILATOR_ROOT": str(root)}
-    top = [rtl.src / f"{rtl.name}.v", "--top-module", rtl.name, "--prefix", "Vtop", "-Mdir", folder / "cpp"]
+    tables = [path for path in (rtl.src / f"{rtl.name}_tables.v",) if path.exists()]  # alkaid's, no file is named as they are
+    top = [rtl.src / f"{rtl.name}.v", *tables, "--top-module", rtl.name, "--prefix", "Vtop", "-Mdir", folder / "cpp"]
     paths = [f"-I{rtl.src}", f"-I{rtl.src / 'static'}"]
     run_tool([root / "bin" / "verilator_bin", *_VERILATOR_FLAGS, *top, *paths], cwd=folder, timeout=TIMEOUT, env=env)
     sources = sorted((folder / "cpp").glob("*.cpp"))
