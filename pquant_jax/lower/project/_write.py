@@ -147,11 +147,14 @@ def _sources(folder: Path, flavor: str, name: str) -> list[str]:
     """Sources below `folder` in the order of compilation, entities before those that use them; without the wrapper."""
     suffix = _SUFFIX[flavor]
     found = [p for p in sorted(folder.rglob(f"*{suffix}")) if p.name != f"{name}_wrapper{suffix}"]
-    used = {p: set(re.findall(r"\bentity\s+work\.(\w+)", p.read_text(), re.IGNORECASE)) - {p.stem} for p in found}
+    if flavor != "vhdl":
+        return [p.relative_to(folder).as_posix() for p in found]
+    texts = {p: p.read_text().lower() for p in found}
+    where = {unit: p for p, text in texts.items() for unit in re.findall(r"\b(?:entity|package)\s+(\w+)\s+is\b", text)}
+    used = {p: {where[unit] for unit in re.findall(r"\bwork\.(\w+)", text) if unit in where} - {p} for p, text in texts.items()}
     ordered: list[Path] = []
     while len(ordered) < len(found):
-        done = {p.stem for p in ordered}
-        ready = [p for p in found if p not in ordered and not (used[p] & {q.stem for q in found} - done)]
+        ready = [p for p in found if p not in ordered and used[p] <= set(ordered)]
         if not ready:
             raise LoweringError(f"the {flavor} sources of {name} use each other in a circle")
         ordered += ready
