@@ -217,13 +217,14 @@ def _layouts(shapes: Sequence[Sequence[int]]) -> Iterator[tuple[tuple[int, ...],
     """(space, channels, channels last) in which arrays of these shapes may be seen, without repetition."""
     seen = set()
     for shape in shapes:
-        ones = next((d for d, n in enumerate(shape[:-1]) if n != 1), max(len(shape) - 1, 0))
-        dims = tuple(int(n) for n in shape[ones:])
+        dims: list[int] = [int(n) for n in shape]
+        while len(dims) > 1 and dims[0] == 1:
+            dims = dims[1:]
         options = []
         if len(dims) in (2, 3):
-            options += [(dims[:-1], dims[-1], True), (dims[1:], dims[0], False)]
+            options += [(tuple(dims[:-1]), dims[-1], True), (tuple(dims[1:]), dims[0], False)]
         if len(dims) in (1, 2):
-            options.append((dims, 1, True))
+            options.append((tuple(dims), 1, True))
         for option in options:
             if option not in seen:
                 seen.add(option)
@@ -275,7 +276,7 @@ def _lone_stride(table: np.ndarray, n: int) -> int:
 def _pool_fits(at: np.ndarray, n: int, axis: int, rank: int) -> list[Fit]:
     """Every padding that a window may have: repeated elements hide it."""
     table = _table(at, axis, rank)
-    size = table.shape[1]
+    size = int(table.shape[1])
     stride = int(table[1, -1] - table[0, -1]) if len(table) > 1 else 0
     middle = table[len(table) // 2]
     steps = {1, *(int(v) for v in np.diff(middle) if v > 0)}

@@ -256,12 +256,12 @@ def _dot(seen: _Seen, index: int) -> Layer:
 
 
 def _operands(seen: _Seen, index: int) -> tuple[int, np.ndarray] | None:
-    """(x, c) of a node of two operands of which one is a constant (the second one for a sub)."""
+    """(x, c) of a node of two operands of which one is a constant."""
     graph = seen.graph
     a, b = graph.nodes[index].inputs
     for x, other in ((a, b), (b, a)):
         c = _constant(graph, other)
-        if c is not None and _constant(graph, x) is None and (graph.nodes[index].op != "sub" or other == b):
+        if c is not None and _constant(graph, x) is None:
             return x, c
     return None
 
@@ -272,7 +272,10 @@ def _add(seen: _Seen, index: int) -> Layer | None:
     if found is None:
         return None
     x, c = found
-    c = c if graph.nodes[index].op == "add" else -c
+    if graph.nodes[index].op == "sub":
+        if x != graph.nodes[index].inputs[0]:
+            return _scale(seen, index, x, np.full(c.shape, -1.0), c)
+        c = -c
     root = _root(graph, x)
     if seen.reads[root] == 1:
         linear = _linear(seen, root)

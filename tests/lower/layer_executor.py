@@ -85,7 +85,7 @@ def _conv(x: np.ndarray, at) -> np.ndarray:
     g, kernel = at["geometry"], at["kernel"]
     x = x if g.channels_last else np.moveaxis(x, 1, -1)
     inner, out = kernel.shape[-2:]
-    total = 0.0
+    total = np.zeros(())
     for offset, part in zip(np.ndindex(*g.size), _windows(x, g, 0.0), strict=True):
         blocks = np.split(part, at["groups"], -1)
         columns = np.split(kernel[offset].reshape(inner, out), at["groups"], -1)
