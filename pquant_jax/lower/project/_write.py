@@ -68,6 +68,17 @@ def write_project(
         are quoted in the README.
     Raises: LoweringError for names, flavors or ports that can't be written and an existing `directory`; DataError for
       wrong vectors; VerifyError if the netlist's outputs can't hold what the graph computes.  Nothing is left then.
+
+    >>> import tempfile
+    >>> from pquant_jax.lower.backends import da4ml
+    >>> from pquant_jax.lower.ir import Node
+    >>> port = Node("input", (), (2,), {"k": 1, "i": 2, "f": 1}, "x")
+    >>> graph = Graph((port, Node("abs", (0,), (2,))), (0,), (1,))
+    >>> with tempfile.TemporaryDirectory() as work:
+    ...     made = write_project(graph, da4ml.to_comb(graph), Path(work) / "p", name="magnitude", vectors=[np.array([[-1.5, 2.0]])])
+    ...     lines = [(made.directory / "vectors" / f"{port}.hex").read_text() for port in ("inputs", "outputs")]
+    >>> lines, [e["offset"] for e in made.metadata["model_out"]["elements"]]
+    (['4d\\n', '43\\n'], [0, 4])
     """
     _check_arguments(name, flavors, part, clock_period)
     if backend is None:
