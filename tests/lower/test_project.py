@@ -326,6 +326,8 @@ def test_same_digest_for_the_same_graph(graph):
         ({"flavors": ()}, LoweringError, "each once"),
         ({"part": "xc vu"}, LoweringError, "part is 'xc vu'"),
         ({"clock_period": 0.0}, LoweringError, "clock_period is 0.0, expected nanoseconds"),
+        ({"io_delay": (0.5, 0.2)}, LoweringError, r"io_delay as \(least, most\)"),
+        ({"clock_uncertainty": 1.5}, LoweringError, "clock_uncertainty is 1.5"),
         ({"vectors": 0}, DataError, "at least 1"),
         ({"vectors": [np.zeros((3, 4))]}, DataError, "2 inputs, got 1 arrays"),
         ({"vectors": [np.full((3, 4), np.nan), np.zeros((3, 1, 2))]}, DataError, "NaN or infinity"),

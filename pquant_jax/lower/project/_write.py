@@ -74,43 +74,48 @@ def write_project(
     >>> from pquant_jax.lower.ir import Node
     >>> port = Node("input", (), (2,), {"k": 1, "i": 2, "f": 1}, "x")
     >>> graph = Graph((port, Node("abs", (0,), (2,))), (0,), (1,))
+    >>> comb, x = da4ml.to_comb(graph), [np.array([[-1.5, 2.0]])]
     >>> with tempfile.TemporaryDirectory() as work:
-    ...     made = write_project(graph, da4ml.to_comb(graph), Path(work) / "p", name="magnitude", vectors=[np.array([[-1.5, 2.0]])])
-    ...     lines = [(made.directory / "vectors" / f"{port}.hex").read_text() for port in ("inputs", "outputs")]
-    >>> lines, [e["offset"] for e in made.metadata["model_out"]["elements"]]
-    (['4d\\n', '43\\n'], [0, 4])
+    ...     made = write_project(graph, comb, Path(work) / "p", name="magnitude", vectors=x)
+    ...     (made.directory / "vectors" / "outputs.hex").read_text()
+    '43\\n'
     """
-    _check_arguments(name, flavors, part, clock_period)
+    _check_arguments(name, flavors, part, clock_period, (clock_uncertainty, *io_delay))
     if backend is None:
         from pquant_jax.lower.backends import da4ml as backend
     given, source = _vectors(graph, vectors, seed)
     expected = flatten_batch(emulate(graph, given))
+    asked = {
+        "backend": backend.__name__.rpartition(".")[2],
+        "part": part,
+        "clock_period_ns": clock_period,
+        "clock_uncertainty": clock_uncertainty,
+        "io_delay": list(io_delay),
+        "origin": dict(origin or {}),
+    }
     target = Path(directory).absolute()
     with whole_folder(target, overwrite=overwrite) as root:
         rtls = {flavor: _write_rtl(backend, comb, root, target, name, flavor, latency_cutoff) for flavor in flavors}
-        rtl = rtls[flavors[0]]
-        ports = ports_of(graph, rtl)
-        check_fits(expected, ports.outputs)
-        (root / "vectors").mkdir()
-        (root / "vectors" / "inputs.hex").write_text(hex_lines(flatten_batch(given), ports.inputs))
-        (root / "vectors" / "outputs.hex").write_text(hex_lines(expected, ports.outputs))
+        ports = ports_of(graph, rtls[flavors[0]])
+        digests = _write_vectors(flatten_batch(given), expected, ports, root / "vectors")
         save(graph, root / "model" / "graph.npz")
-        about = _metadata(graph, rtl, ports, rtls, root) | {
-            "backend": _backend_name(backend),
-            "part": part,
-            "clock_period_ns": clock_period,
-            "clock_uncertainty": clock_uncertainty,
-            "io_delay": list(io_delay),
-            "origin": dict(origin or {}),
-            "versions": _versions(_backend_name(backend)),
-        }
-        about["vectors"] |= {"count": len(expected), "source": source}
-        _write_texts(root, about, rtl, ports, {f: _sources(root / "rtl" / f, f, name) for f in flavors})
+        about = _metadata(graph, rtls, ports) | asked | {"versions": _versions(asked["backend"])}
+        about["vectors"] = {"count": len(given[0]), "source": source, **digests}
+        _write_texts(root, about, rtls[flavors[0]], ports, {f: _sources(root / "rtl" / f, f, name) for f in flavors})
         _write_sums(root)
-    return ProjectInfo(name, target, rtls, len(expected), about)
+    return ProjectInfo(name, target, rtls, len(given[0]), about)
 
 
-def _check_arguments(name: str, flavors: Sequence[str], part: str, clock_period: float) -> None:
+def _write_vectors(given: np.ndarray, expected: np.ndarray, ports: Ports, folder: Path) -> dict[str, str]:
+    """Inputs and expected outputs, (N, elements) each, as hexadecimal lines; {file: its SHA-256}."""
+    check_fits(expected, ports.outputs)
+    folder.mkdir()
+    (folder / "inputs.hex").write_text(hex_lines(given, ports.inputs))
+    (folder / "outputs.hex").write_text(hex_lines(expected, ports.outputs))
+    return {path.stem: _file_digest(path) for path in sorted(folder.iterdir())}
+
+
+def _check_arguments(name: str, flavors: Sequence[str], part: str, clock_period: float, fractions: Sequence[float]) -> None:
     if not flavors or not set(flavors) <= set(FLAVORS) or len(set(flavors)) != len(flavors):
         raise LoweringError(f"flavors are {tuple(flavors)!r}, expected some of {FLAVORS}, each once")
     if "__" in name or name.endswith("_"):
@@ -122,6 +127,11 @@ def _check_arguments(name: str, flavors: Sequence[str], part: str, clock_period:
         raise LoweringError(f"part is {part!r}, expected a name such as 'xcvu13p-flga2577-2-e'")
     if not (math.isfinite(clock_period) and clock_period >= 0.01):
         raise LoweringError(f"clock_period is {clock_period!r}, expected nanoseconds, at least 0.01")
+    if not all(0 <= v < 1 for v in fractions) or fractions[1] > fractions[2]:
+        raise LoweringError(
+            f"clock_uncertainty is {fractions[0]!r}, io_delay {tuple(fractions[1:])!r}; expected fractions of the clock period, "
+            "from 0 to below 1, io_delay as (least, most)"
+        )
 
 
 def _vectors(graph: Graph, vectors: int | Sequence[np.ndarray], seed: int) -> tuple[list[np.ndarray], str]:
@@ -177,10 +187,6 @@ def _tables(folder: Path) -> dict[str, int]:
     return {p.name: len(p.read_text().splitlines()) for p in sorted((folder / "memfiles").glob("*"))}
 
 
-def _backend_name(backend: Any) -> str:
-    return backend.__name__.rpartition(".")[2]
-
-
 def _versions(backend: str) -> dict[str, str]:
     made = {}
     for package in ("pquant_jax", backend, "jax", "numpy"):
@@ -205,7 +211,8 @@ def graph_digest(graph: Graph) -> str:
     return digest.hexdigest()
 
 
-def _metadata(graph: Graph, rtl: RTLInfo, ports: Ports, rtls: Mapping[str, RTLInfo], root: Path) -> dict[str, Any]:
+def _metadata(graph: Graph, rtls: Mapping[str, RTLInfo], ports: Ports) -> dict[str, Any]:
+    rtl = next(iter(rtls.values()))
     return {
         "format": 1,
         "name": rtl.name,
@@ -216,7 +223,6 @@ def _metadata(graph: Graph, rtl: RTLInfo, ports: Ports, rtls: Mapping[str, RTLIn
         "estimates": {"lut": rtl.cost, "ff": rtl.reg_bits, "adder_delays": rtl.latency_units},
         "layers": list(dict.fromkeys(n.name.rpartition("/")[0] for n in graph.nodes if "/" in n.name)),
         "graph_sha256": graph_digest(graph),
-        "vectors": {key: _file_digest(root / "vectors" / f"{key}.hex") for key in ("inputs", "outputs")},
         "model_inp": _port(ports.inputs, ports.input_shapes),
         "model_out": _port(ports.outputs, ports.output_shapes),
     }
