@@ -59,7 +59,7 @@ def less(emit: Emit, x: int, made: QuantizedForest, feature: np.ndarray, limit: 
     while len(active):
         high = np.minimum(low + (_FIRST if before < 0 else _FIRST - 1), width[active])
         top = high == width[active]
-        form = {
+        form: dict[str, Any] = {
             "k": np.where(top, k[active], 0), "i": np.where(top, i[active], high - f[active]), "f": f[active] - low,
         }  # fmt: skip
         seen = emit.node("take", (x,), active.shape, "trees/feature", index=feature[active])
@@ -83,7 +83,7 @@ def trailing_zeros(v: np.ndarray) -> np.ndarray:
     return np.frexp((v & -v).astype(np.float64))[1].astype(np.int64) - 1
 
 
-def _digits(emit: Emit, digit: int, form: dict[str, np.ndarray], limit: np.ndarray) -> int:
+def _digits(emit: Emit, digit: int, form: dict[str, Any], limit: np.ndarray) -> int:
     """digit < limit, as tables of one bit."""
     bits = form["k"] + form["i"] + form["f"]
     number = np.arange(1 << int(bits.max()))
