@@ -32,7 +32,7 @@ import numpy as np
 from pquant_jax.lower import synth
 from pquant_jax.lower.sim import run_tool
 from pquant_jax.prune import Reuse
-from pquant_jax.transforms._groups import layout, survivors
+from pquant_jax.transforms._groups import layout
 
 SIZES, REUSE, LEVELS = (16, 64, 32, 32, 5), (1, 2, 4, 8, 16), (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 WRITTEN = 0.7  # the level at which projects are written
@@ -52,10 +52,20 @@ def kernels(seed: int = 0) -> list[np.ndarray]:
 
 
 def pruned(kernel: np.ndarray, kind: str, sparsity: float, reuse: int) -> np.ndarray:
-    """`kernel` without its smallest weights, or without the smallest groups of `reuse` weights."""
-    cut = layout("kernel", kernel.shape, "weight" if kind == "unstructured" else Reuse(reuse))
-    keep = survivors(cut, cut.scores(jnp.abs(jnp.asarray(kernel, jnp.float32))), jnp.float32(sparsity))
-    return kernel * np.asarray(cut.expand(keep))
+    """`kernel` without its smallest weights, or without the smallest groups of `reuse` weights, as `pq.prune.Reuse` cuts them."""
+    rows = kernel.T.reshape(-1, 1 if kind == "unstructured" else reuse)
+    order = np.argsort(np.square(rows).sum(1), kind="stable")
+    keep = np.ones(len(rows))
+    keep[order[: round(sparsity * len(rows))]] = 0
+    return (rows * keep[:, None]).reshape(kernel.T.shape).T
+
+
+def check_groups(reuse: int) -> None:
+    """Raise unless the groups of `pq.prune.Reuse` are those of `pruned`."""
+    kernel = kernels()[0]
+    theirs = layout("kernel", kernel.shape, Reuse(reuse)).scores(jnp.asarray(kernel, jnp.float32))
+    if not np.allclose(np.ravel(theirs), np.linalg.norm(kernel.T.reshape(-1, reuse), axis=1), rtol=1e-5):
+        raise ValueError(f"pq.prune.Reuse({reuse}) cuts the kernel otherwise than this benchmark")
 
 
 def hls4ml_multipliers(weights: Sequence[np.ndarray], reuse: int, folder: Path) -> tuple[int, int]:
@@ -146,6 +156,7 @@ def measured_hls4ml() -> list[dict[str, Any]]:
     """Every level and kind; one project per reuse factor is written, which shows that the count is that of its files."""
     rows = []
     for reuse in REUSE:
+        check_groups(reuse)
         for kind in KINDS:
             for level in LEVELS:
                 weights = [pruned(w, kind, level, reuse) for w in kernels()]
