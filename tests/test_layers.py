@@ -30,7 +30,8 @@ ONLY = {"report": {"_errors"}, "data": {"_errors", "_base", "_tree"}}  # what th
 SURFACE = {"run", "cli"}  # written against the public surface, `import pquant_jax as pq`, as a user's program is
 NUMPY_ONLY = ["lower/ir.py", "lower/emulate.py", "lower/ranges.py", "lower/dead.py", "numerics/oracle.py"]
 HEAVY = {
-    "alkaid", "da4ml", "hls4ml", "lightgbm", "matplotlib", "mlflow", "onnx", "onnxruntime", "optuna", "qonnx", "sklearn", "xgboost", "equinox",
+    "alkaid", "da4ml", "hls4ml", "lightgbm", "matplotlib", "mlflow", "onnx",
+    "onnxruntime", "optuna", "qonnx", "sklearn", "xgboost", "equinox",
 }  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
 
