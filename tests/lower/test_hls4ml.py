@@ -307,3 +307,28 @@ def test_nothing_is_left_of_a_failed_write(tmp_path, monkeypatch):
     with pytest.raises(LoweringError, match="disk full"):
         hls.write(model)
     assert not list(Path(tmp_path).iterdir())
+
+
+@pytest.mark.parametrize("backend", sorted(hls.BACKENDS))
+def test_every_backend_is_written_or_says_what_it_needs(backend, tmp_path):
+    needs = [tool for tool in hls.BACKENDS[backend].converts if shutil.which(tool) is None]
+    if needs:
+        with pytest.raises(ToolError, match=needs[0]):
+            hls.to_hls(dense(), tmp_path / "p", backend=backend)
+        return
+    model = hls.to_hls(dense(), tmp_path / "p", backend=backend)
+    hls.write(model)
+    texts = [p.read_text() for p in model.directory.rglob("*") if p.suffix in (".yml", ".cpp", ".sh", ".tcl", ".h")]
+    assert any("dense" in text for text in texts)
+    assert not any(f".{model.directory.name}." in text for text in texts), "the temporary folder's name is in the project"
+    if not hls.BACKENDS[backend].simulates:
+        with pytest.raises(ToolError, match="needs"):
+            hls.compile(model, overwrite=True)
+
+
+@needs_gcc
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", [name for name, b in hls.BACKENDS.items() if b.simulates])
+@pytest.mark.parametrize("io_type", hls.IO_TYPES)
+def test_every_simulated_backend(backend, io_type, tmp_path):
+    check(hls.compile(hls.to_hls(dense(), tmp_path / "p", backend=backend, io_type=io_type), optimize="-O0"))

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import inspect
 import io
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,21 +29,30 @@ _LAYER_KEYS: Final = ("ReuseFactor", "Strategy", "Precision", "Trace", "Parallel
 
 
 class Backend(NamedTuple):
-    """A backend of hls4ml here: the netlists' C++ flavor (None: no netlists), formats per element, C simulation by g++.
+    """What a backend of hls4ml can do here.
 
-    tools: the programs that `build` needs.
+    flavor: the C++ of da4ml's netlists that it takes, None if it takes none.  heterogeneous: formats per element as a layer of
+    its own (else as a netlist).  simulates: g++ alone compiles its C simulation.  tools: what `build` needs on PATH.
+    converts: what hls4ml needs on PATH even to make the project.  part: None leaves hls4ml's own default.
     """
 
     flavor: str | None
     heterogeneous: bool
     simulates: bool
     tools: tuple[str, ...]
+    converts: tuple[str, ...] = ()
+    part: str | None = None
 
 
+XILINX: Final = "xcvu13p-flga2577-2-e"
 BACKENDS: Final[dict[str, Backend]] = {
-    "Vitis": Backend("vitis", True, True, ("vitis-run",)),
-    "Vivado": Backend("vitis", True, True, ("vivado_hls",)),
+    "Vitis": Backend("vitis", True, True, ("vitis-run",), part=XILINX),
+    "Vivado": Backend("vitis", True, True, ("vivado_hls",), part=XILINX),
     "VivadoAccelerator": Backend("vitis", False, True, ("vivado_hls", "vivado")),
+    "Quartus": Backend(None, False, True, ("i++",)),
+    "Catapult": Backend("hlslib", False, True, ("catapult",)),
+    "oneAPI": Backend("oneapi", True, False, ("icpx", "cmake")),
+    "Libero": Backend(None, False, False, ("shls",), ("shls",)),
 }
 
 
@@ -54,6 +64,9 @@ def given(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     name = str(settings["project_name"])
     if not (name.isascii() and name.isidentifier()):
         raise LoweringError(f"project_name is {name!r}, expected letters, digits and _, beginning with a letter")
+    missing = [tool for tool in BACKENDS[settings["backend"]].converts if shutil.which(tool) is None]
+    if missing:
+        raise ToolError(f"hls4ml can't make a project of backend {settings['backend']!r} without {', '.join(missing)} on PATH")
     config = dict(settings["config"] or {})
     unknown = set(config) - {"Model", "LayerName"}
     if unknown:
@@ -217,7 +230,8 @@ def configured(project: Project, asked: Mapping) -> dict[str, dict[str, Any]]:
     for made in project.made:
         options = names[made.name]
         options.setdefault("ReuseFactor", 1 if made.products is None else asked["Model"]["ReuseFactor"])
-        options.setdefault("Strategy", asked["Model"]["Strategy"])
+        strategic = made.products is not None or made.kind.startswith("Einsum")  # hls4ml refuses distributed arithmetic elsewhere
+        options.setdefault("Strategy", asked["Model"]["Strategy"] if strategic else "latency")
         options.setdefault("Trace", False)
     return names
 
@@ -253,7 +267,7 @@ def check_reuse(project: Project, names: Mapping[str, Mapping[str, Any]]) -> Non
 def model_graph(
     project: Project, outputs: Sequence[str], asked: Mapping, names: Mapping, settings: Mapping, directory: Path
 ) -> Any:
-    """hls4ml's ModelGraph, with every optimization done."""
+    """hls4ml's ModelGraph, with every optimization done.  Raises: ToolError where the backend needs a tool even for that."""
     from hls4ml.backends import get_backend
     from hls4ml.model.graph import ModelGraph
     from hls4ml.utils.config import create_config
@@ -264,9 +278,10 @@ def model_graph(
     }  # fmt: skip
     inputs = [m.name for m in project.made if m.kind == "InputLayer"]
     with quiet("converting"):
-        wanted = {key: settings[key] for key in ("part", "clock_period", "io_type")}
+        wanted = {key: settings[key] for key in ("clock_period", "io_type")}
+        wanted["part"] = settings["part"] or BACKENDS[settings["backend"]].part
         takes = inspect.signature(get_backend(settings["backend"]).create_initial_config).parameters
-        known = {key: value for key, value in wanted.items() if key in takes}
+        known = {key: value for key, value in wanted.items() if key in takes and value is not None}
         place = dict(output_dir=str(directory), project_name=settings["project_name"], backend=settings["backend"])
         cfg = create_config(**place, **known)
         cfg["HLSConfig"] = {"Model": model, "LayerName": copy.deepcopy(dict(names))}

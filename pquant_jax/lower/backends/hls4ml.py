@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -32,6 +32,9 @@ __all__ = [
     "BACKENDS", "IO_TYPES", "STRATEGIES", "Backend", "HLSModel", "build", "compile", "config", "predict", "report", "to_hls",
     "trace", "valid_reuse_factors", "write",
 ]  # fmt: skip
+
+
+_SCRIPTS: Final = frozenset({".cpp", ".h", ".hpp", ".sh", ".tcl", ".txt", ".yml", ".json"})
 
 
 class HLSModel(NamedTuple):
@@ -58,12 +61,13 @@ def to_hls(
     io_type: str = "io_parallel",
     strategy: str = "latency",
     reuse_factor: int = 1,
-    part: str = "xcvu13p-flga2577-2-e",
+    part: str | None = None,
     clock_period: float = 5.0,
     layers: Mapping[str, Mapping[str, Any]] | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> HLSModel:
-    """The hls4ml project of `graph`, not written yet (`write`, `compile`); clock_period in ns.
+    """The hls4ml project of `graph`, not written yet (`write`, `compile`); clock_period in ns; part None:
+    xcvu13p-flga2577-2-e on Vitis and Vivado, hls4ml's default elsewhere.
 
     layers: {name: {"ReuseFactor": ..., "Strategy": ...}} for some layers.  config: a user's `hls_config` as `config` gives it;
     its `Model` and `LayerName` count more than the arguments, its precisions must be those of the graph.
@@ -74,7 +78,7 @@ def to_hls(
         project_name=project_name, backend=backend, io_type=io_type, strategy=strategy, reuse_factor=reuse_factor,
         part=part, clock_period=clock_period, layers=layers, config=config,
     )  # fmt: skip
-    asked = _hls_project.given(settings)
+    asked, place = _hls_project.given(settings), Path(directory).absolute()
     graph = simplify(graph)
     known = intervals(graph)
     check_exact(graph)
@@ -82,9 +86,9 @@ def to_hls(
     project, outputs = _hls_project.emitted(graph, known, asked, settings)
     names = _hls_project.configured(project, asked)
     _hls_project.check_reuse(project, names)
-    modelled = _hls_project.model_graph(project, outputs, asked, names, settings, Path(directory))
+    modelled = _hls_project.model_graph(project, outputs, asked, names, settings, place)
     sizes = tuple(int(np.prod(graph.nodes[j].shape, dtype=np.int64)) for j in graph.outputs)
-    return HLSModel(graph, modelled, tuple(project.made), sizes, settings, Path(directory))
+    return HLSModel(graph, modelled, tuple(project.made), sizes, settings, place)
 
 
 def config(model: HLSModel) -> dict[str, Any]:
@@ -109,6 +113,9 @@ def write(model: HLSModel, *, overwrite: bool = False) -> Path:
             model.project.write()
         finally:
             options["OutputDir"] = str(model.directory)
+        for path in partial.rglob("*"):  # the writers put the place into scripts and headers
+            if path.is_file() and path.suffix in _SCRIPTS and str(partial) in (text := path.read_text()):
+                path.write_text(text.replace(str(partial), str(model.directory)))
     return model.directory
 
 
