@@ -212,7 +212,7 @@ def interpolated(step: Step, x: Any) -> Any:
 
 
 def _bipolar(step: Step, x: Any, scale: Any, *_: Any) -> Any:
-    """-scale below 0, scale from 0 on; the gradient is that of x, clipped to the two."""
+    """-scale below 0, scale from 0 on; without a gradient, so a bipolar activation is imported but not trained further."""
     scale = np.asarray(scale, np.float32)
     return jnp.where(x >= 0, scale, -scale)
 
