@@ -70,7 +70,7 @@ def visible_flip(graph: ir.Graph, comb: Any, inputs: Sequence[np.ndarray], seed:
 def measure(project: ProjectInfo, flavor: str, work: Path) -> dict[str, Any]:
     """One testbench run; warnings counted by what they are about."""
     result = run_testbench(project, flavor, work=work)
-    about = Counter("netlist" if "rtl/" in line else "testbench" for line in result.warnings)
+    about = Counter("testbench" if "tb_" in line else "netlist" for line in result.warnings)
     return {**result._asdict(), "warnings": {key: about[key] for key in ("netlist", "testbench")}}
 
 

@@ -348,6 +348,8 @@ def _reduced(seen: _Seen, index: int) -> Layer | None:
     if graph.nodes[source].op == "const":
         return None
     for shape in seen.shapes[source]:
+        while len(shape) > 1 and shape[0] == 1:
+            shape = shape[1:]
         axes = _indices.reduction(rows, shape)
         if axes is not None:
             return _made(seen, "reduce", index, [(source, shape)], kind=kind, axes=axes, out_shape=_without(shape, axes))

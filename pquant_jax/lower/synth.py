@@ -91,6 +91,7 @@ def script(top: str, files: list[str], family: str = "xcup") -> list[str]:
         "xilinx_srl -fixed -minlen 3",
         "techmap -map +/xilinx/lut_map.v -map +/xilinx/cells_map.v -D LUT_WIDTH=6",
         "opt_lut_ins -tech xilinx; clean",
+        "setattr -mod -unset keep_hierarchy *; flatten; clean",  # kept apart from merging until here, counted with the rest
         "tee -q -o stat.json stat -json",
     ]
 

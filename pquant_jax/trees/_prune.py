@@ -125,7 +125,7 @@ def prune_path(
 
     A split above two leaves becomes one leaf; which ones is decided by the loss it adds on (x, y) per look-up table it frees
     (a question that n splits ask counts 1/n for each).  The loss is taken to second order in the scores, with gradient g
-    and curvature h: sum(g d + h d^2 / 2), d the change of the leaf; the new leaf minimises it on the grid of the leaves.
+    and curvature h: sum(g d + h d^2 / 2), d the change of the leaf; the new leaf is the mean of both, weighted with h.
 
     x: (N, features), put on the port here.  y: None measures by the squared change of the scores; else the targets: labels
     0 and 1 for "logistic" (one output), labels for "softmax", values (N,) or (N, outputs) or labels for "squared".
@@ -201,7 +201,8 @@ def _fewer(made: QuantizedForest, x: np.ndarray, g: np.ndarray, h: np.ndarray, s
     a, b = (forest.value[v] for v in sides)
     (ga, gb), (ha, hb) = ([v[side] for side in sides] for v in (slope, bend))
     bent = ha + hb
-    best = np.where(bent > 0, (ha * a + hb * b - ga - gb) / np.where(bent > 0, bent, 1), a)
+    # their mean; the minimum of the expansion would add a step down the gradient, and dozens of those at once overshoot
+    best = np.where(bent > 0, (ha * a + hb * b) / np.where(bent > 0, bent, 1), a)
     best = oracle.quantize(best, made.leaves.k, made.leaves.i, made.leaves.f)
     adds = sum(gs * (best - v) + hs * (best - v) ** 2 / 2 for gs, hs, v in ((ga, ha, a), (gb, hb, b)))
     frees = _freed(made, inner)

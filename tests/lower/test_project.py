@@ -20,7 +20,7 @@ from pquant_jax.lower.backends import da4ml
 from pquant_jax.lower.emulate import emulate, flatten_batch, port_grid
 from pquant_jax.lower.project import ProjectInfo, missing_tools, run_testbench, write_project
 
-from .random_graphs import const, dense, node, table
+from .random_graphs import KINDS, MODES, const, dense, node, random_graph, table
 
 VECTORS = 60
 needs_verilog = pytest.mark.skipif(bool(missing_tools("verilog")), reason="; ".join(missing_tools("verilog")))
@@ -128,6 +128,21 @@ def test_verilog_testbench_passes_without_a_remark(simulated):
 def test_verilog_testbench_without_a_clock(comb_project):
     result = run_testbench(comb_project.directory, "verilog")
     assert result.passed and result.mismatches == () == result.warnings
+
+
+@needs_vhdl
+@pytest.mark.parametrize("kind", KINDS)
+def test_vhdl_of_random_graphs(kind, tmp_path):
+    """Every operator of the VHDL, as `test_random_rtl_equals_emulator` does for Verilog."""
+    number = KINDS.index(kind)
+    graph = random_graph(np.random.default_rng(100 + number), kind, MODES[number % len(MODES)])
+    comb = da4ml.to_comb(graph)
+    for cutoff in (-1, 2):
+        made = write_project(
+            graph, comb, tmp_path / "p", name="net", flavors=("vhdl",), latency_cutoff=cutoff, vectors=100, overwrite=True
+        )
+        result = run_testbench(made, "vhdl")
+        assert result.passed and not result.mismatches
 
 
 def wrong_line(project: ProjectInfo, row: int) -> tuple[str, str, str]:
@@ -311,6 +326,8 @@ def test_same_digest_for_the_same_graph(graph):
         ({"flavors": ()}, LoweringError, "each once"),
         ({"part": "xc vu"}, LoweringError, "part is 'xc vu'"),
         ({"clock_period": 0.0}, LoweringError, "clock_period is 0.0, expected nanoseconds"),
+        ({"io_delay": (0.5, 0.2)}, LoweringError, r"io_delay as \(least, most\)"),
+        ({"clock_uncertainty": 1.5}, LoweringError, "clock_uncertainty is 1.5"),
         ({"vectors": 0}, DataError, "at least 1"),
         ({"vectors": [np.zeros((3, 4))]}, DataError, "2 inputs, got 1 arrays"),
         ({"vectors": [np.full((3, 4), np.nan), np.zeros((3, 1, 2))]}, DataError, "NaN or infinity"),

@@ -33,6 +33,7 @@ class Project:
     graph: Graph
     known: Sequence[Interval]
     strategy: Callable[[str], str]  # of a layer by name
+    stream: bool = False
     dicts: list[dict[str, Any]] = field(default_factory=list)
     names: dict[str, dict[str, Any]] = field(default_factory=dict)
     made: list[Made] = field(default_factory=list)

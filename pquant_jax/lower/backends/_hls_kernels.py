@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from pquant_jax.lower._indices import Geometry
 from pquant_jax.lower.backends._hls_build import Project, add, floats, unique, view, view_exact
 from pquant_jax.lower.backends._hls_types import Fixed, accumulator, array_type, tensor_type
 from pquant_jax.lower.structure import Layer
@@ -145,6 +146,9 @@ def emit_reduce(p: Project, layer: Layer) -> None:
         more = dict(n_filt=channels, data_format="channels_last", precision={"accum": p.types[p.where[layer.inputs[0]]]})
         add(p, name, kind, [view_exact(p, layer.inputs[0], shape)], (channels,), result, output=layer.output, **at, **more)
         return
+    if p.stream:
+        _sum_of_positions(p, layer, name, shape)
+        return
     kept = [d for d in range(len(shape)) if d not in axes]
     if not kept:
         n = int(np.prod(shape))
@@ -155,6 +159,24 @@ def emit_reduce(p: Project, layer: Layer) -> None:
     letters = _LETTERS[: len(shape)]
     equation = f"{letters},{''.join(letters[d] for d in axes)}->{''.join(letters[d] for d in kept)}"
     _einsum_dense(p, layer, name, equation, shape, np.ones([shape[d] for d in axes]), [shape[d] for d in kept])
+
+
+def _sum_of_positions(p: Project, layer: Layer, name: str, shape: Sequence[int]) -> None:
+    """Of a stream (*space, channels): one window over all of it, with weights 1."""
+    space, channels = tuple(shape[:-1]), shape[-1]
+    rank = len(space)
+    g = Geometry(space, space, (1,) * rank, (1,) * rank, ((0, 0),) * rank, (1,) * rank, channels, True)
+    _depthwise(p, layer, name, view_exact(p, layer.inputs[0], shape), g, 1.0)
+
+
+def _depthwise(p: Project, layer: Layer, name: str, source: str, g: Geometry, weight: float) -> None:
+    """A weighted sum of every window, channel by channel."""
+    kernel = np.full((*g.size, g.channels, 1), weight)
+    result, types = _sums(p, layer, kernel, None)
+    at = dict(**_axes(g, "filt"), n_chan=g.channels, n_filt=g.channels, depth_multiplier=1, data_format="channels_last")
+    more: dict[str, Any] = dict(bias_data=None, depthwise_data=floats(kernel), precision=types, output=layer.output)
+    more["config"] = {"Strategy": "latency"}
+    add(p, name, f"DepthwiseConv{len(g.space)}D", [source], (*g.positions, g.channels), result, **at, **more)
 
 
 def emit_pool(p: Project, layer: Layer) -> None:
@@ -171,9 +193,4 @@ def emit_pool(p: Project, layer: Layer) -> None:
         add(p, name, f"MaxPooling{rank}D", [source], shape, result, **at, **more)
         return
     count = int(np.prod(g.size))
-    kernel = np.full((*g.size, g.channels, 1), 1.0 / count if kind == "average" else 1.0)
-    _, types = _sums(p, layer, kernel, None)
-    at = dict(**_axes(g, "filt"), n_chan=g.channels, n_filt=g.channels, depth_multiplier=1, data_format="channels_last")
-    more: dict[str, Any] = dict(bias_data=None, depthwise_data=floats(kernel), precision=types, output=layer.output)
-    more["config"] = {"Strategy": "latency"}
-    add(p, name, f"DepthwiseConv{rank}D", [source], shape, result, **at, **more)
+    _depthwise(p, layer, name, source, g, 1.0 / count if kind == "average" else 1.0)

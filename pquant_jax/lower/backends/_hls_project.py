@@ -106,7 +106,7 @@ def emitted(graph: Graph, known: Sequence[Interval], asked: Mapping, settings: M
     def strategy(name: str) -> str:
         return asked["LayerName"].get(name, {}).get("Strategy", asked["Model"]["Strategy"])
 
-    project = Project(graph, known, strategy, reads=reads)
+    project = Project(graph, known, strategy, stream, reads=reads)
     for part in parts:
         if isinstance(part, Layer):
             _hls_layers.EMIT[part.op](project, part)
@@ -127,7 +127,7 @@ def _folded(graph: Graph, layers: Sequence[Layer]) -> list[Layer]:
             out.append(layer)
         else:
             kept = tuple(j for j in layer.inputs if j not in constant or j in graph.outputs)
-            out.append(layer._replace(inputs=kept, op=f"{layer.op} with a constant"))
+            out.append(layer._replace(inputs=kept or graph.inputs[:1], op=f"{layer.op} with a constant"))
     return out
 
 
@@ -138,8 +138,11 @@ def _natives(layers: Sequence[Layer], known: Sequence[Interval], graph: Graph, b
         own = _hls_layers.has_layer(layer, known)
         if layer.op == "quantize" and _hls_layers.uniform(layer) is None:
             own = own and backend.heterogeneous and not stream
-        if stream and layer.op in ("einsum", "reduce") and layer.attrs.get("kind") != "max":
+        if stream and layer.op == "einsum":
             own = False
+        if stream and layer.op == "reduce" and layer.attrs["kind"] == "sum":
+            shape = layer.attrs["in_shapes"][0]
+            own = len(shape) in (2, 3) and layer.attrs["axes"] == tuple(range(len(shape) - 1))
         plain[layer.output] = own
     for layer in reversed(layers):
         readers = [a.output for a in layers if layer.output in a.inputs]
@@ -211,8 +214,9 @@ def configured(project: Project, asked: Mapping) -> dict[str, dict[str, Any]]:
                     "graph, or the project would compute something else; change the model's quantizers"
                 )
         names[layer].update(options)
-    for options in names.values():
-        options.setdefault("ReuseFactor", asked["Model"]["ReuseFactor"])
+    for made in project.made:
+        options = names[made.name]
+        options.setdefault("ReuseFactor", 1 if made.products is None else asked["Model"]["ReuseFactor"])
         options.setdefault("Strategy", asked["Model"]["Strategy"])
         options.setdefault("Trace", False)
     return names
@@ -231,11 +235,11 @@ def reuse_factors(products: tuple[int, int] | None, strategy: str) -> tuple[int,
     return tuple(get_backend("Vivado").get_valid_reuse_factors(*products))
 
 
-def check_reuse(project: Project, asked: Mapping, names: Mapping[str, Mapping[str, Any]]) -> None:
+def check_reuse(project: Project, names: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises: LoweringError for the first reuse factor that its layer can't have, which hls4ml would replace by another."""
     for made in project.made:
         factor, strategy = names[made.name]["ReuseFactor"], names[made.name]["Strategy"]
-        said = "ReuseFactor" in asked["LayerName"].get(made.name, {})
-        if factor == 1 or (made.products is None and not said):
+        if factor == 1:
             continue
         valid = reuse_factors(made.products, strategy)
         if factor not in valid:

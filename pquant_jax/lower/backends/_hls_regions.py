@@ -151,6 +151,7 @@ def register_netlist() -> str:
             precision, _ = self.model.config.get_precision(self, var=output)
             name = f"{output}_value"
             self.add_output_variable(list(shape), out_name=output, var_name=name, type_name=f"{output}_t", precision=precision)
+            self.set_attr(f"{output}_t", self.get_output_variable(output).type)  # or defines.h lacks all types but one
         self.set_attr("netlist_code", Source(self.attributes["code"]))
 
     register_layer("Netlist", type("Netlist", (HLSLayer,), {"initialize": initialize}))

@@ -99,7 +99,7 @@ def _summary(ports: Ports, metadata: Mapping[str, Any]) -> str:
     through = f" through {', '.join(f'`{layer}`' for layer in layers)}" if layers else ""
     return (
         f"A fixed-point network as logic: {listed(ports.input_shapes)} -> {listed(ports.output_shapes)}{through}. "
-        "Its weights are constants in the netlist; there is no memory to load and no state but the pipeline registers."
+        "What is not an input is a constant in the netlist: there is no memory to load, and no state but pipeline registers."
     )
 
 

@@ -18,7 +18,7 @@ from pquant_jax.lower import sim
 from pquant_jax.lower.project._write import ProjectInfo
 
 
-class TestbenchResult(NamedTuple):
+class BenchResult(NamedTuple):
     """What a testbench printed.
 
     `passed`: it said PASS for all `vectors`; `mismatches`: its first differences; `warnings`: remarks of the compiler
@@ -46,7 +46,7 @@ def missing_tools(flavor: str) -> list[str]:
 
 def run_testbench(
     project: ProjectInfo | str | Path, flavor: str, *, work: str | Path | None = None, timeout: float = 900
-) -> TestbenchResult:
+) -> BenchResult:
     """Compile and run the testbench of `flavor` with `make sim-FLAVOR` in a copy of the project.
 
     A difference is a result (`passed` False), never an exception.  `work` keeps the copy with its logs in
@@ -68,7 +68,7 @@ def run_testbench(
         return _run(copy, flavor, about["vectors"]["count"], timeout)
 
 
-def _run(copy: Path, flavor: str, vectors: int, timeout: float) -> TestbenchResult:
+def _run(copy: Path, flavor: str, vectors: int, timeout: float) -> BenchResult:
     env = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL")}
     # Verilator's makefile calls `python`
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
@@ -92,7 +92,7 @@ def _run(copy: Path, flavor: str, vectors: int, timeout: float) -> TestbenchResu
         raise ToolError(f"the {flavor} testbench ended well without saying PASS {vectors} vectors:\n{text[-1500:]}")
     lines = text.splitlines()
     remarks = [line for line in (*printed.splitlines(), *lines) if re.search(r"%Warning|%Error|warning:|assertion warning", line)]
-    return TestbenchResult(
+    return BenchResult(
         flavor=flavor,
         passed=passed,
         vectors=vectors,

@@ -68,38 +68,54 @@ def write_project(
         are quoted in the README.
     Raises: LoweringError for names, flavors or ports that can't be written and an existing `directory`; DataError for
       wrong vectors; VerifyError if the netlist's outputs can't hold what the graph computes.  Nothing is left then.
+
+    >>> import tempfile
+    >>> from pquant_jax.lower.backends import da4ml
+    >>> from pquant_jax.lower.ir import Node
+    >>> port = Node("input", (), (2,), {"k": 1, "i": 2, "f": 1}, "x")
+    >>> graph = Graph((port, Node("abs", (0,), (2,))), (0,), (1,))
+    >>> comb, x = da4ml.to_comb(graph), [np.array([[-1.5, 2.0]])]
+    >>> with tempfile.TemporaryDirectory() as work:
+    ...     made = write_project(graph, comb, Path(work) / "p", name="magnitude", vectors=x)
+    ...     (made.directory / "vectors" / "outputs.hex").read_text()
+    '43\\n'
     """
-    _check_arguments(name, flavors, part, clock_period)
+    _check_arguments(name, flavors, part, clock_period, (clock_uncertainty, *io_delay))
     if backend is None:
         from pquant_jax.lower.backends import da4ml as backend
     given, source = _vectors(graph, vectors, seed)
     expected = flatten_batch(emulate(graph, given))
+    asked = {
+        "backend": backend.__name__.rpartition(".")[2],
+        "part": part,
+        "clock_period_ns": clock_period,
+        "clock_uncertainty": clock_uncertainty,
+        "io_delay": list(io_delay),
+        "origin": dict(origin or {}),
+    }
     target = Path(directory).absolute()
     with whole_folder(target, overwrite=overwrite) as root:
         rtls = {flavor: _write_rtl(backend, comb, root, target, name, flavor, latency_cutoff) for flavor in flavors}
-        rtl = rtls[flavors[0]]
-        ports = ports_of(graph, rtl)
-        check_fits(expected, ports.outputs)
-        (root / "vectors").mkdir()
-        (root / "vectors" / "inputs.hex").write_text(hex_lines(flatten_batch(given), ports.inputs))
-        (root / "vectors" / "outputs.hex").write_text(hex_lines(expected, ports.outputs))
+        ports = ports_of(graph, rtls[flavors[0]])
+        digests = _write_vectors(flatten_batch(given), expected, ports, root / "vectors")
         save(graph, root / "model" / "graph.npz")
-        about = _metadata(graph, rtl, ports, rtls, root) | {
-            "backend": _backend_name(backend),
-            "part": part,
-            "clock_period_ns": clock_period,
-            "clock_uncertainty": clock_uncertainty,
-            "io_delay": list(io_delay),
-            "origin": dict(origin or {}),
-            "versions": _versions(_backend_name(backend)),
-        }
-        about["vectors"] |= {"count": len(expected), "source": source}
-        _write_texts(root, about, rtl, ports, {f: _sources(root / "rtl" / f, f, name) for f in flavors})
+        about = _metadata(graph, rtls, ports) | asked | {"versions": _versions(asked["backend"])}
+        about["vectors"] = {"count": len(given[0]), "source": source, **digests}
+        _write_texts(root, about, rtls[flavors[0]], ports, {f: _sources(root / "rtl" / f, f, name) for f in flavors})
         _write_sums(root)
-    return ProjectInfo(name, target, rtls, len(expected), about)
+    return ProjectInfo(name, target, rtls, len(given[0]), about)
 
 
-def _check_arguments(name: str, flavors: Sequence[str], part: str, clock_period: float) -> None:
+def _write_vectors(given: np.ndarray, expected: np.ndarray, ports: Ports, folder: Path) -> dict[str, str]:
+    """Inputs and expected outputs, (N, elements) each, as hexadecimal lines; {file: its SHA-256}."""
+    check_fits(expected, ports.outputs)
+    folder.mkdir()
+    (folder / "inputs.hex").write_text(hex_lines(given, ports.inputs))
+    (folder / "outputs.hex").write_text(hex_lines(expected, ports.outputs))
+    return {path.stem: _file_digest(path) for path in sorted(folder.iterdir())}
+
+
+def _check_arguments(name: str, flavors: Sequence[str], part: str, clock_period: float, fractions: Sequence[float]) -> None:
     if not flavors or not set(flavors) <= set(FLAVORS) or len(set(flavors)) != len(flavors):
         raise LoweringError(f"flavors are {tuple(flavors)!r}, expected some of {FLAVORS}, each once")
     if "__" in name or name.endswith("_"):
@@ -111,6 +127,11 @@ def _check_arguments(name: str, flavors: Sequence[str], part: str, clock_period:
         raise LoweringError(f"part is {part!r}, expected a name such as 'xcvu13p-flga2577-2-e'")
     if not (math.isfinite(clock_period) and clock_period >= 0.01):
         raise LoweringError(f"clock_period is {clock_period!r}, expected nanoseconds, at least 0.01")
+    if not all(0 <= v < 1 for v in fractions) or fractions[1] > fractions[2]:
+        raise LoweringError(
+            f"clock_uncertainty is {fractions[0]!r}, io_delay {tuple(fractions[1:])!r}; expected fractions of the clock period, "
+            "from 0 to below 1, io_delay as (least, most)"
+        )
 
 
 def _vectors(graph: Graph, vectors: int | Sequence[np.ndarray], seed: int) -> tuple[list[np.ndarray], str]:
@@ -147,11 +168,14 @@ def _sources(folder: Path, flavor: str, name: str) -> list[str]:
     """Sources below `folder` in the order of compilation, entities before those that use them; without the wrapper."""
     suffix = _SUFFIX[flavor]
     found = [p for p in sorted(folder.rglob(f"*{suffix}")) if p.name != f"{name}_wrapper{suffix}"]
-    used = {p: set(re.findall(r"\bentity\s+work\.(\w+)", p.read_text(), re.IGNORECASE)) - {p.stem} for p in found}
+    if flavor != "vhdl":
+        return [p.relative_to(folder).as_posix() for p in found]
+    texts = {p: p.read_text().lower() for p in found}
+    where = {unit: p for p, text in texts.items() for unit in re.findall(r"\b(?:entity|package)\s+(\w+)\s+is\b", text)}
+    used = {p: {where[unit] for unit in re.findall(r"\bwork\.(\w+)", text) if unit in where} - {p} for p, text in texts.items()}
     ordered: list[Path] = []
     while len(ordered) < len(found):
-        done = {p.stem for p in ordered}
-        ready = [p for p in found if p not in ordered and not (used[p] & {q.stem for q in found} - done)]
+        ready = [p for p in found if p not in ordered and used[p] <= set(ordered)]
         if not ready:
             raise LoweringError(f"the {flavor} sources of {name} use each other in a circle")
         ordered += ready
@@ -161,10 +185,6 @@ def _sources(folder: Path, flavor: str, name: str) -> list[str]:
 def _tables(folder: Path) -> dict[str, int]:
     """{file: lines} of the tables that the RTL reads."""
     return {p.name: len(p.read_text().splitlines()) for p in sorted((folder / "memfiles").glob("*"))}
-
-
-def _backend_name(backend: Any) -> str:
-    return backend.__name__.rpartition(".")[2]
 
 
 def _versions(backend: str) -> dict[str, str]:
@@ -191,7 +211,8 @@ def graph_digest(graph: Graph) -> str:
     return digest.hexdigest()
 
 
-def _metadata(graph: Graph, rtl: RTLInfo, ports: Ports, rtls: Mapping[str, RTLInfo], root: Path) -> dict[str, Any]:
+def _metadata(graph: Graph, rtls: Mapping[str, RTLInfo], ports: Ports) -> dict[str, Any]:
+    rtl = next(iter(rtls.values()))
     return {
         "format": 1,
         "name": rtl.name,
@@ -202,7 +223,6 @@ def _metadata(graph: Graph, rtl: RTLInfo, ports: Ports, rtls: Mapping[str, RTLIn
         "estimates": {"lut": rtl.cost, "ff": rtl.reg_bits, "adder_delays": rtl.latency_units},
         "layers": list(dict.fromkeys(n.name.rpartition("/")[0] for n in graph.nodes if "/" in n.name)),
         "graph_sha256": graph_digest(graph),
-        "vectors": {key: _file_digest(root / "vectors" / f"{key}.hex") for key in ("inputs", "outputs")},
         "model_inp": _port(ports.inputs, ports.input_shapes),
         "model_out": _port(ports.outputs, ports.output_shapes),
     }

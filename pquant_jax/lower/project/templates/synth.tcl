@@ -26,7 +26,7 @@ if {$flavor eq "vhdl"} {
 foreach table [glob -nocomplain [file join $work *.mem]] { read_mem $table }
 read_xdc -mode out_of_context [file join $root constraints @name@.xdc]
 
-# The adder graph is shared on purpose: flattening lets Vivado trim across operators, but nothing is rebuilt.
+# Operators are small modules: flattened, so that Vivado trims across them.
 synth_design -top @name@ -part $part -mode out_of_context -flatten_hierarchy full
 write_checkpoint -force post_synth.dcp
 report_utilization -file [file join $reports post_synth_utilization.rpt]

@@ -11,7 +11,7 @@ use std.textio.all;
 entity tb_@name@ is
 end entity tb_@name@;
 
-architecture test of tb_@name@ is
+architecture bench of tb_@name@ is
   constant VECTORS : natural := @vectors@;
   constant LATENCY : natural := @latency@;  -- clock edges between a vector on the input and its result; 0: combinational
   constant DELAY : natural := @delay@;
@@ -146,4 +146,4 @@ begin
     say("PASS " & integer'image(VECTORS) & " vectors");
     wait;
   end process test;
-end architecture test;
+end architecture bench;
