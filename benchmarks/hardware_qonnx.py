@@ -4,7 +4,7 @@
 
 Vectors are codes of the whole port, so that they overflow inside, and numbers that no port holds.  qonnx's executor makes an
 onnxruntime session per node; the batch of the file is open, so all vectors go through one pass of it.  `returns` is whether
-`from_qonnx` gives a graph with the same integers; a file with tables is not read back.
+`from_qonnx` gives a graph with the same integers, or why it can't.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from pquant_jax.lower.backends._onnx_read import Step
 PRODUCTS: Final = ("Conv", "Gemm", "MatMul")
 MOVES: Final = ("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze")  # what is on a grid stays on it
 _LETTERS: Final = "DHW"
+_TABLE_BITS: Final = 16
 
 
 def refused(step: Step, why: str) -> LoweringError:
@@ -188,10 +189,10 @@ def table_of(step: Step, shape: tuple[int, ...]) -> tuple[KIF, Table]:
     width = np.where(alive, k + i + f, 0)
     start = np.asarray(first, np.int64) - np.where(alive, k * np.ldexp(1.0, i + f), 0).astype(np.int64)
     codes = step.attrs["codes"]
-    if np.any(start < 0) or np.any(start + (1 << width) > codes.size) or not np.all(np.frexp(scale)[0] == 0.5):
-        raise refused(step, f"its input has {int(width.max())} bits and it has {codes.size} entries, on a grid of powers of two")
-    entry = np.minimum(np.arange(1 << int(width.max(initial=0))), (1 << width)[..., None] - 1)  # behind the last: never read
-    entry = start[..., None] + entry
+    if width.max(initial=0) > _TABLE_BITS or not np.all(np.frexp(scale)[0] == 0.5):
+        raise refused(step, f"its input has {int(width.max())} bits (at most {_TABLE_BITS}), its scale must be a power of two")
+    number = np.minimum(np.arange(1 << int(width.max(initial=0))), (1 << width)[..., None] - 1)
+    entry = np.clip(start[..., None] + number, 0, codes.size - 1)  # a quantizer may be wider than what reaches it: never read
     f_out = 1 - np.frexp(scale)[1]
     rows = np.concatenate([codes[entry].reshape(-1, entry.shape[-1]), f_out.reshape(-1, 1)], axis=1)
     unique, which = np.unique(rows, axis=0, return_inverse=True)
@@ -212,7 +213,7 @@ def interpolated(step: Step, x: Any) -> Any:
 
 
 def _bipolar(step: Step, x: Any, scale: Any, *_: Any) -> Any:
-    """-scale below 0, scale from 0 on; the gradient is that of x, clipped to the two."""
+    """-scale below 0, scale from 0 on; without a gradient, so a bipolar activation is imported but not trained further."""
     scale = np.asarray(scale, np.float32)
     return jnp.where(x >= 0, scale, -scale)
 

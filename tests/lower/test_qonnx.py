@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -180,6 +182,17 @@ def test_qonnx_transformations_take_the_model():
     assert str(model.get_tensor_datatype(found[0].output[0])) == "SCALEDINT<6>"
     x = port_grid(graph, 50, np.random.default_rng(0))
     np.testing.assert_array_equal(out.execute(model.model, x, engine="qonnx"), flatten_batch(emulate(graph, x)))
+
+
+def test_the_benchmark_counts_what_differs():
+    path = Path(__file__).parents[2] / "benchmarks" / "hardware_qonnx.py"
+    spec = importlib.util.spec_from_file_location("hardware_qonnx", path)
+    assert spec is not None and spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    (line,) = benchmark.zoo_lines({"dense": dense8()}, 100)
+    assert (line["model"], line["holds"], line["vectors"], line["qonnx"], line["onnxruntime"]) == ("dense", True, 112, 0, 0)
+    assert line["returns"] is True and line["varying"] == 5 and line["ops"]["MatMul"] == 1
 
 
 def test_a_constant_output_has_the_batch():

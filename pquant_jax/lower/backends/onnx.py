@@ -65,8 +65,10 @@ def to_qdq(graph: Graph, path: str | Path | None = None, *, name: str = "pquant"
     """`graph` with QuantizeLinear and DequantizeLinear (scales are powers of two, zero points 0) for formats of 8 bits at most.
 
     A format narrower than 8 bits has a Clip of its integers.  Kernels are int8 or uint8 where their format fits, per tensor
-    or per channel.  Raises: LoweringError for a site that rounds otherwise than half to even, wraps, has more than 8 bits or
-    scales along several axes, and for a value of more than 24 bits.
+    or per channel.  onnxruntime fuses such models into integer kernels, which on x86 CPUs without VNNI add pairs of products
+    of uint8 and int8 in 16 bits and saturate; `execute` runs the nodes as they are.
+    Raises: LoweringError for a site that rounds otherwise than half to even, wraps, has more than 8 bits or scales along
+      several axes, and for a value of more than 24 bits.
     """
     return _written(graph, path, name, "qdq")
 
@@ -237,6 +239,7 @@ def _run(model: Any, feeds: dict[str, np.ndarray], n: int, engine: str) -> np.nd
         options = runtime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = 1
+        options.add_session_config_entry("session.disable_quant_qdq", "1")  # see `to_qdq`
         found = runtime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"]).run(names, feeds)
     else:
         found = _run_qonnx(model, feeds, n, names)
