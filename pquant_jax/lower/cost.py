@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from pquant_jax._errors import DataError, LoweringError
+from pquant_jax._errors import DataError, LoweringError, did_you_mean
 from pquant_jax.lower.backends import _netlist as netlist
-from pquant_jax.lower.ir import Graph
+from pquant_jax.lower.ir import Graph, Node, consumers, label, validate
+from pquant_jax.lower.ranges import Interval, intervals
+from pquant_jax.lower.synth import synth
 
 FEATURES: Final = ("adder", "constant", "relu", "mux", "table", "wide_table", "multiplier", "dsp", "bits", "register")
 CELLS: Final = ("lut", "ff", "carry", "dsp")
@@ -88,6 +92,65 @@ def layer_names(graph: Graph) -> list[str]:
         inherited = next((names[j] for j in sorted(node.inputs, reverse=True) if graph.nodes[j].op != "const"), "input")
         names.append((node.name.rpartition("/")[0] or node.name) if node.name else inherited)
     return names
+
+
+def cut_layer(graph: Graph, name: str) -> Graph:
+    """The nodes of one layer (`layer_names`) as a graph: what it reads of others enters by ports, what others read leaves.
+
+    A port has per element the format of the value's interval, so the layer computes what it does in `graph`.
+    Raises: LoweringError for a layer without nodes, with the names of those that are there.
+    """
+    names, known, readers = layer_names(graph), intervals(graph), consumers(graph)
+    inside = [j for j, own in enumerate(names) if own == name and graph.nodes[j].op != "const"]
+    if not inside:
+        raise LoweringError(f"no layer is called {name!r}; {did_you_mean(name, names)}")
+    place: dict[int, int] = {}
+    nodes: list[Node] = []
+    ports: list[int] = []
+    for j in inside:
+        for source in (*graph.nodes[j].inputs, j):
+            if source not in place:
+                place[source] = len(nodes)
+                made = graph.nodes[source]
+                if source in inside:
+                    made = Node(made.op, tuple(place[i] for i in made.inputs), made.shape, made.attrs, made.name)
+                elif made.op != "const":
+                    made = Node("input", (), made.shape, _port(known[source]), f"{label(graph, source)}")
+                ports += [len(nodes)] if made.op == "input" else []
+                nodes.append(made)
+    outputs = [j for j in inside if j in graph.outputs or any(names[reader] != name for reader in readers[j])]
+    return validate(Graph(tuple(nodes), tuple(ports), tuple(place[j] for j in outputs)))
+
+
+def _port(own: Interval) -> dict[str, np.ndarray]:
+    """The smallest format that holds an interval, per element."""
+    f = own.f.astype(np.int64)
+    codes = np.stack([np.ldexp(own.low, f), np.ldexp(own.high, f)]).astype(np.int64)
+    bits = np.frexp(np.maximum(-codes[0], codes[1] + 1) - 0.5)[1]  # of the larger of -low and high + 1
+    some = (codes != 0).any(axis=0)
+    return {"k": (codes[0] < 0).astype(np.int64), "i": np.where(some, bits - f, 0), "f": np.where(some, f, 0)}
+
+
+def synthesize_layers(
+    graph: Graph, backend: Any, *, cutoff: float = -1, work: Path | None = None, timeout: float = 600
+) -> list[dict[str, Any]]:
+    """Rows {"layer", "lut", "ff", "carry", "dsp", "bram", "seconds"} by Yosys, each layer synthesized alone (`cut_layer`).
+
+    With a cutoff every layer has registers at its own ports, so that flip-flops between two layers count twice.  Half a
+    minute to minutes per layer.  work keeps the RTL.  Raises: ToolError without Yosys, LoweringError as `to_comb` does.
+    """
+    graph, _ = netlist.prepare(graph, backend.check_supported, False)
+    rows = []
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) if work is None else work
+        for number, name in enumerate(dict.fromkeys(layer_names(graph))):
+            if not any(n == name and node.op != "const" for n, node in zip(layer_names(graph), graph.nodes, strict=True)):
+                continue
+            comb = backend.to_comb(cut_layer(graph, name))
+            if comb.cost:  # a layer of wires is no netlist for Yosys
+                rtl = backend.write_rtl(comb, folder / f"layer{number}", name="net", latency_cutoff=cutoff, overwrite=True)
+                rows.append({"layer": name, **synth(rtl, timeout=timeout)})
+    return rows
 
 
 def _below(outputs: Iterable[Any], seen: set[Any]) -> dict[Any, Any]:
