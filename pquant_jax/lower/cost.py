@@ -60,8 +60,9 @@ class Calibration(NamedTuple):
 def layers(graph: Graph, backend: Any, *, cutoff: float = -1, keep_dead: bool = False) -> list[Layer]:
     """The netlist of `graph` by layer, in the order of the graph; a layer without hardware is left out.
 
-    backend: `backends.da4ml` or `backends.alkaid`.  cutoff > 0: with the registers of stages of that many units, before
-    the backend balances them.  Raises: LoweringError as `to_comb` does.
+    backend: `backends.da4ml` or `backends.alkaid`.  cutoff > 0: with the registers of stages of that many units; all of
+    them are the backend's count, their places those before the backend balances its stages.  Raises: LoweringError as
+    `to_comb` does.
     """
     graph, known = netlist.prepare(graph, backend.check_supported, keep_dead)
     circuit = backend.circuit(backend.HWCONF, None)
@@ -75,6 +76,9 @@ def layers(graph: Graph, backend: Any, *, cutoff: float = -1, keep_dead: bool = 
         for name, own in zip(names, flat, strict=True):
             found.setdefault(name, []).extend(v for v in _below(own, seen).values() if v.id in live)
         registers = _registers(live.values(), [v for j in graph.outputs for v in flat[j]], cutoff)
+    if registers:
+        share = backend.staged(backend.to_comb(graph, keep_dead=True), cutoff)[1] / max(sum(registers.values()), 1)
+        registers = {key: share * bits for key, bits in registers.items()}
     return [_layer(name, variables, registers) for name, variables in found.items() if variables]
 
 
