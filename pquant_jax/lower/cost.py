@@ -24,14 +24,14 @@ from pquant_jax.lower.ir import Graph, Node, consumers, label, validate
 from pquant_jax.lower.ranges import Interval, intervals
 from pquant_jax.lower.synth import synth
 
-FEATURES: Final = ("adder", "constant", "relu", "mux", "table", "wide_table", "multiplier", "dsp", "bits", "register")
+FEATURES: Final = ("adder", "constant", "relu", "mux", "table", "wide_table", "multiplier", "dsp", "bits", "register", "shift")
 CELLS: Final = ("lut", "ff", "carry", "dsp")
 # What a bit should cost by the structure of UltraScale+: a LUT and an eighth of a CARRY8 (Yosys: a quarter of a CARRY4) per
 # bit of adder, two relus or multiplexers in a LUT, 2^(b - 6) LUTs per bit of a table of b inputs, half of them for a smooth
 # function.  Constants are partly absorbed.  The fit starts from here: few models have tables, multipliers or DSPs.
 EXPECTED: Final[dict[str, dict[str, float]]] = {
     "lut": {"adder": 0.8, "constant": 0.2, "relu": 0.5, "mux": 0.5, "table": 0.5, "wide_table": 0.5, "multiplier": 1.0,
-            "dsp": 2.0, "bits": 0.2, "register": 0.02},
+            "dsp": 2.0, "bits": 0.2, "register": 0.02, "shift": 1.0},
     "ff": {"register": 0.95},
     "carry": {"adder": 0.25, "constant": 0.05, "mux": 0.05},
     "dsp": {"dsp": 1.0},
@@ -39,6 +39,7 @@ EXPECTED: Final[dict[str, dict[str, float]]] = {
 _TRUST: Final = (0.05, 0.5)  # relative standard deviations: of a count around the model, of a weight around `EXPECTED`
 _FILE: Final = Path(__file__).with_name("calibration.json")
 _LUT_INPUTS: Final = 6
+_SHIFT: Final = 3  # registers in a row from which Yosys takes a shift register, a LUT per bit
 _DSP_OUTPUT: Final = 9  # bits of a product from which Yosys (and Vivado, about) takes a DSP; 27 x 18 bits fit one
 
 
@@ -77,7 +78,9 @@ def layers(graph: Graph, backend: Any, *, cutoff: float = -1, keep_dead: bool = 
             found.setdefault(name, []).extend(v for v in _below(own, seen).values() if v.id in live)
         registers = _registers(live.values(), [v for j in graph.outputs for v in flat[j]], cutoff)
     if registers:
-        share = backend.staged(backend.to_comb(graph, keep_dead=True), cutoff)[1] / max(sum(registers.values()), 1)
+        share = backend.staged(backend.to_comb(graph, keep_dead=True), cutoff)[1] / max(
+            sum(bits[2] for bits in registers.values()), 1
+        )
         registers = {key: share * bits for key, bits in registers.items()}
     return [_layer(name, variables, registers) for name, variables in found.items() if variables]
 
@@ -169,33 +172,38 @@ def _below(outputs: Iterable[Any], seen: set[Any]) -> dict[Any, Any]:
     return found
 
 
-def _registers(variables: Iterable[Any], outputs: Sequence[Any], cutoff: float) -> dict[Any, float]:
-    """Flip-flops behind each variable: its bits times the stage boundaries until its last reader."""
-    bits: dict[Any, float] = {}
+def _registers(variables: Iterable[Any], outputs: Sequence[Any], cutoff: float) -> dict[Any, np.ndarray]:
+    """Behind each variable (flip-flops, bits of shift registers, bits of both): its bits, a register per stage boundary.
+
+    Between two readers at least `_SHIFT` stages apart the registers are shift registers.
+    """
     if cutoff <= 0:
-        return bits
+        return {}
     variables = list(variables)
     stage = {v.id: math.floor(v.latency / (cutoff + 1e-9)) for v in variables}
-    final = max(stage.values(), default=0)
-    last = dict(stage)
+    read: dict[Any, set[int]] = {v.id: {stage[v.id] - (v.opr == "new"), stage[v.id]} for v in variables}
     for v in variables:
         for source in v._from:
-            last[source.id] = max(last[source.id], stage[v.id])
+            read[source.id].add(stage[v.id])
     for v in outputs:
-        last[v.id] = final + 1
+        read[v.id].add(max(stage.values()) + 1)
+    found = {}
     for v in variables:
-        if v.opr != "const":
-            bits[v.id] = _width(v) * (last[v.id] - stage[v.id] + (v.opr == "new"))
-    return bits
+        apart = np.diff(sorted(read[v.id])) if v.opr != "const" else np.zeros(0, int)
+        far = apart >= _SHIFT
+        found[v.id] = _width(v) * np.array([apart[~far].sum(), far.sum(), apart.sum()], np.float64)
+    return found
 
 
-def _layer(name: str, variables: Sequence[Any], registers: Mapping[Any, float]) -> Layer:
+def _layer(name: str, variables: Sequence[Any], registers: Mapping[Any, np.ndarray]) -> Layer:
     counted: dict[str, float] = dict.fromkeys(FEATURES, 0.0)
     for v in variables:
         kind, bits = feature(v)
         if kind:
             counted[kind] += bits
-        counted["register"] += registers.get(v.id, 0.0)
+        if v.id in registers:
+            counted["register"] += float(registers[v.id][0])
+            counted["shift"] += float(registers[v.id][1])
     return Layer(name, counted, float(sum(getattr(v, "cost", math.nan) for v in variables)))
 
 
