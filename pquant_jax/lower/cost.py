@@ -78,9 +78,8 @@ def layers(graph: Graph, backend: Any, *, cutoff: float = -1, keep_dead: bool = 
             found.setdefault(name, []).extend(v for v in _below(own, seen).values() if v.id in live)
         registers = _registers(live.values(), [v for j in graph.outputs for v in flat[j]], cutoff)
     if registers:
-        share = backend.staged(backend.to_comb(graph, keep_dead=True), cutoff)[1] / max(
-            sum(bits[2] for bits in registers.values()), 1
-        )
+        _, reg_bits, _ = backend.staged(backend.to_comb(graph, keep_dead=True), cutoff)
+        share = reg_bits / max(sum(bits[2] for bits in registers.values()), 1)
         registers = {key: share * bits for key, bits in registers.items()}
     return [_layer(name, variables, registers) for name, variables in found.items() if variables]
 

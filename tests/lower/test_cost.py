@@ -102,8 +102,9 @@ def test_registers_are_those_of_the_pipeline(backend):
     graph, module = model(np.random.default_rng(4), (8, 8, 4)), BACKENDS[backend]
     for cutoff in (2, 4):
         parts = cost.layers(graph, module, cutoff=cutoff)
-        found, reg_bits = cost.total(parts).features, module.staged(module.to_comb(graph), cutoff)[1]
-        assert found["register"] == pytest.approx(reg_bits - 3 * found["shift"], rel=0.1)  # shift registers hold 3 bits and more
+        found, (stages, reg_bits, _) = cost.total(parts).features, module.staged(module.to_comb(graph), cutoff)
+        low, high = (found["register"] + n * found["shift"] for n in (3, stages + 1))  # a shift register holds 3 bits and more
+        assert low * (1 - 1e-9) <= reg_bits <= high * (1 + 1e-9)
         assert sum(part.features["register"] > 0 for part in parts) >= 3
     assert cost.total(cost.layers(graph, da4ml)).features["register"] == 0
 
