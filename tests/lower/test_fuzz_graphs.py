@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -18,12 +16,8 @@ needs_simulator = pytest.mark.skipif(bool(sim.missing_tools()), reason="; ".join
 
 
 @pytest.fixture(scope="module")
-def fuzz() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "fuzz_graphs.py"
-    spec = importlib.util.spec_from_file_location("fuzz_graphs", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def fuzz(benchmark_module) -> ModuleType:
+    return benchmark_module("fuzz_graphs")
 
 
 @pytest.mark.parametrize("backend", ["da4ml", "alkaid"])
