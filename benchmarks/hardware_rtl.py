@@ -75,7 +75,7 @@ def _line(name: str, graph: Graph, work: Path, vectors: int, rtl: bool, cutoff: 
 
 def text(rows: Iterable[Mapping[str, Any]]) -> str:
     """One table: cost and latency of both packages side by side."""
-    lines = [COLUMNS]
+    lines: list[tuple[str, ...]] = [COLUMNS]
     for row in rows:
         a, d = row["alkaid"], row["da4ml"]
         wrong = "/".join("-" if n is None else str(n) for n in row["mismatches"].values())

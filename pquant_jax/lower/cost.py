@@ -10,24 +10,28 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from pquant_jax._errors import DataError, LoweringError
+from pquant_jax._errors import DataError, LoweringError, did_you_mean
 from pquant_jax.lower.backends import _netlist as netlist
-from pquant_jax.lower.ir import Graph
+from pquant_jax.lower.ir import Graph, Node, consumers, label, validate
+from pquant_jax.lower.ranges import Interval, intervals
+from pquant_jax.lower.synth import synth
 
-FEATURES: Final = ("adder", "constant", "relu", "mux", "table", "wide_table", "multiplier", "dsp", "bits", "register")
+FEATURES: Final = ("adder", "constant", "relu", "mux", "table", "wide_table", "multiplier", "dsp", "bits", "register", "shift")
 CELLS: Final = ("lut", "ff", "carry", "dsp")
 # What a bit should cost by the structure of UltraScale+: a LUT and an eighth of a CARRY8 (Yosys: a quarter of a CARRY4) per
 # bit of adder, two relus or multiplexers in a LUT, 2^(b - 6) LUTs per bit of a table of b inputs, half of them for a smooth
 # function.  Constants are partly absorbed.  The fit starts from here: few models have tables, multipliers or DSPs.
 EXPECTED: Final[dict[str, dict[str, float]]] = {
     "lut": {"adder": 0.8, "constant": 0.2, "relu": 0.5, "mux": 0.5, "table": 0.5, "wide_table": 0.5, "multiplier": 1.0,
-            "dsp": 2.0, "bits": 0.2, "register": 0.02},
+            "dsp": 2.0, "bits": 0.2, "register": 0.02, "shift": 1.0},
     "ff": {"register": 0.95},
     "carry": {"adder": 0.25, "constant": 0.05, "mux": 0.05},
     "dsp": {"dsp": 1.0},
@@ -35,6 +39,7 @@ EXPECTED: Final[dict[str, dict[str, float]]] = {
 _TRUST: Final = (0.05, 0.5)  # relative standard deviations: of a count around the model, of a weight around `EXPECTED`
 _FILE: Final = Path(__file__).with_name("calibration.json")
 _LUT_INPUTS: Final = 6
+_SHIFT: Final = 3  # registers in a row from which Yosys takes a shift register, a LUT per bit
 _DSP_OUTPUT: Final = 9  # bits of a product from which Yosys (and Vivado, about) takes a DSP; 27 x 18 bits fit one
 
 
@@ -56,8 +61,9 @@ class Calibration(NamedTuple):
 def layers(graph: Graph, backend: Any, *, cutoff: float = -1, keep_dead: bool = False) -> list[Layer]:
     """The netlist of `graph` by layer, in the order of the graph; a layer without hardware is left out.
 
-    backend: `backends.da4ml` or `backends.alkaid`.  cutoff > 0: with the registers of stages of that many units, before
-    the backend balances them.  Raises: LoweringError as `to_comb` does.
+    backend: `backends.da4ml` or `backends.alkaid`.  cutoff > 0: with the registers of stages of that many units; all of
+    them are the backend's count, their places those before the backend balances its stages.  Raises: LoweringError as
+    `to_comb` does.
     """
     graph, known = netlist.prepare(graph, backend.check_supported, keep_dead)
     circuit = backend.circuit(backend.HWCONF, None)
@@ -71,6 +77,10 @@ def layers(graph: Graph, backend: Any, *, cutoff: float = -1, keep_dead: bool = 
         for name, own in zip(names, flat, strict=True):
             found.setdefault(name, []).extend(v for v in _below(own, seen).values() if v.id in live)
         registers = _registers(live.values(), [v for j in graph.outputs for v in flat[j]], cutoff)
+    if registers:
+        _, reg_bits, _ = backend.staged(backend.to_comb(graph, keep_dead=True), cutoff)
+        share = reg_bits / max(sum(bits[2] for bits in registers.values()), 1)
+        registers = {key: share * bits for key, bits in registers.items()}
     return [_layer(name, variables, registers) for name, variables in found.items() if variables]
 
 
@@ -90,6 +100,65 @@ def layer_names(graph: Graph) -> list[str]:
     return names
 
 
+def cut_layer(graph: Graph, name: str) -> Graph:
+    """The nodes of one layer (`layer_names`) as a graph: what it reads of others enters by ports, what others read leaves.
+
+    A port has per element the format of the value's interval, so the layer computes what it does in `graph`.
+    Raises: LoweringError for a layer without nodes, with the names of those that are there.
+    """
+    names, known, readers = layer_names(graph), intervals(graph), consumers(graph)
+    inside = [j for j, own in enumerate(names) if own == name and graph.nodes[j].op != "const"]
+    if not inside:
+        raise LoweringError(f"no layer is called {name!r}; {did_you_mean(name, names)}")
+    place: dict[int, int] = {}
+    nodes: list[Node] = []
+    ports: list[int] = []
+    for j in inside:
+        for source in (*graph.nodes[j].inputs, j):
+            if source not in place:
+                place[source] = len(nodes)
+                made = graph.nodes[source]
+                if source in inside:
+                    made = Node(made.op, tuple(place[i] for i in made.inputs), made.shape, made.attrs, made.name)
+                elif made.op != "const":
+                    made = Node("input", (), made.shape, _port(known[source]), f"{label(graph, source)}")
+                ports += [len(nodes)] if made.op == "input" else []
+                nodes.append(made)
+    outputs = [j for j in inside if j in graph.outputs or any(names[reader] != name for reader in readers[j])]
+    return validate(Graph(tuple(nodes), tuple(ports), tuple(place[j] for j in outputs)))
+
+
+def _port(own: Interval) -> dict[str, np.ndarray]:
+    """The smallest format that holds an interval, per element."""
+    f = own.f.astype(np.int64)
+    codes = np.stack([np.ldexp(own.low, f), np.ldexp(own.high, f)]).astype(np.int64)
+    bits = np.frexp(np.maximum(-codes[0], codes[1] + 1) - 0.5)[1]  # of the larger of -low and high + 1
+    some = (codes != 0).any(axis=0)
+    return {"k": (codes[0] < 0).astype(np.int64), "i": np.where(some, bits - f, 0), "f": np.where(some, f, 0)}
+
+
+def synthesize_layers(
+    graph: Graph, backend: Any, *, cutoff: float = -1, work: Path | None = None, timeout: float = 600
+) -> list[dict[str, Any]]:
+    """Rows {"layer", "lut", "ff", "carry", "dsp", "bram", "seconds"} by Yosys, each layer synthesized alone (`cut_layer`).
+
+    With a cutoff every layer has registers at its own ports, so that flip-flops between two layers count twice.  Half a
+    minute to minutes per layer.  work keeps the RTL.  Raises: ToolError without Yosys, LoweringError as `to_comb` does.
+    """
+    graph, _ = netlist.prepare(graph, backend.check_supported, False)
+    rows = []
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) if work is None else work
+        for number, name in enumerate(dict.fromkeys(layer_names(graph))):
+            if not any(n == name and node.op != "const" for n, node in zip(layer_names(graph), graph.nodes, strict=True)):
+                continue
+            comb = backend.to_comb(cut_layer(graph, name))
+            if comb.cost:  # a layer of wires is no netlist for Yosys
+                rtl = backend.write_rtl(comb, folder / f"layer{number}", name="net", latency_cutoff=cutoff, overwrite=True)
+                rows.append({"layer": name, **synth(rtl, timeout=timeout)})
+    return rows
+
+
 def _below(outputs: Iterable[Any], seen: set[Any]) -> dict[Any, Any]:
     """{id: variable} of all that `outputs` read, themselves included, that are not in `seen`, which is extended."""
     found, left = {}, list(outputs)
@@ -102,33 +171,38 @@ def _below(outputs: Iterable[Any], seen: set[Any]) -> dict[Any, Any]:
     return found
 
 
-def _registers(variables: Iterable[Any], outputs: Sequence[Any], cutoff: float) -> dict[Any, float]:
-    """Flip-flops behind each variable: its bits times the stage boundaries until its last reader."""
-    bits: dict[Any, float] = {}
+def _registers(variables: Iterable[Any], outputs: Sequence[Any], cutoff: float) -> dict[Any, np.ndarray]:
+    """Behind each variable (flip-flops, bits of shift registers, bits of both): its bits, a register per stage boundary.
+
+    Between two readers at least `_SHIFT` stages apart the registers are shift registers.
+    """
     if cutoff <= 0:
-        return bits
+        return {}
     variables = list(variables)
     stage = {v.id: math.floor(v.latency / (cutoff + 1e-9)) for v in variables}
-    final = max(stage.values(), default=0)
-    last = dict(stage)
+    read: dict[Any, set[int]] = {v.id: {stage[v.id] - (v.opr == "new"), stage[v.id]} for v in variables}
     for v in variables:
         for source in v._from:
-            last[source.id] = max(last[source.id], stage[v.id])
+            read[source.id].add(stage[v.id])
     for v in outputs:
-        last[v.id] = final + 1
+        read[v.id].add(max(stage.values()) + 1)
+    found = {}
     for v in variables:
-        if v.opr != "const":
-            bits[v.id] = _width(v) * (last[v.id] - stage[v.id] + (v.opr == "new"))
-    return bits
+        apart = np.diff(sorted(read[v.id])) if v.opr != "const" else np.zeros(0, int)
+        far = apart >= _SHIFT
+        found[v.id] = _width(v) * np.array([apart[~far].sum(), far.sum(), apart.sum()], np.float64)
+    return found
 
 
-def _layer(name: str, variables: Sequence[Any], registers: Mapping[Any, float]) -> Layer:
+def _layer(name: str, variables: Sequence[Any], registers: Mapping[Any, np.ndarray]) -> Layer:
     counted: dict[str, float] = dict.fromkeys(FEATURES, 0.0)
     for v in variables:
         kind, bits = feature(v)
         if kind:
             counted[kind] += bits
-        counted["register"] += registers.get(v.id, 0.0)
+        if v.id in registers:
+            counted["register"] += float(registers[v.id][0])
+            counted["shift"] += float(registers[v.id][1])
     return Layer(name, counted, float(sum(getattr(v, "cost", math.nan) for v in variables)))
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+
 import numpy as np
 import pytest
 
@@ -253,3 +256,54 @@ def test_both_packages_give_the_same_integers():
     graph = random_graph(rng, "mixed", ("RND_CONV", "SAT"))
     x = flatten_batch(port_grid(graph, 300, rng))
     np.testing.assert_array_equal(predict(to_comb(graph), x), da4ml.predict(da4ml.to_comb(graph), x))
+
+
+BENCH = """library ieee; use ieee.std_logic_1164.all;
+entity bench is end entity;
+architecture test of bench is
+    type vectors is array (0 to {last}) of std_logic_vector({inputs} downto 0);
+    type answers is array (0 to {last}) of std_logic_vector({outputs} downto 0);
+    constant x: vectors := ({x}); constant y: answers := ({y});
+    signal clk: std_logic := '0';
+    signal inp: std_logic_vector({inputs} downto 0); signal outp: std_logic_vector({outputs} downto 0);
+begin
+    dut: entity work.net port map ({clock}model_inp => inp, model_out => outp);
+    process begin
+        for j in 0 to {last} + {latency} loop
+            if j <= {last} then inp <= x(j); end if;
+            clk <= '0'; wait for 1 ns;
+            if j >= {latency} then assert outp = y(j - {latency}) report "vector " & integer'image(j) severity failure; end if;
+            clk <= '1'; wait for 1 ns;
+        end loop;
+        report "passed"; wait;
+    end process;
+end architecture;
+"""
+
+
+@pytest.mark.skipif(shutil.which("ghdl") is None, reason="no GHDL: apt install ghdl")
+@pytest.mark.parametrize("cutoff", [-1, 2])
+@pytest.mark.parametrize("flipped", [False, True])
+def test_vhdl_equals_the_emulator_in_ghdl(cutoff, flipped, tmp_path):
+    rng = np.random.default_rng(16)
+    graph = model(rng)
+    rtl = write_rtl(to_comb(graph), tmp_path / "rtl", name="net", flavor="vhdl", latency_cutoff=cutoff)
+    x = port_grid(graph, 60, rng)
+    expected = [v.copy() for v in emulate(graph, x)]
+    if flipped:
+        expected[0][30, 2] += np.ldexp(1.0, -int(rtl.out_kifs[2, 2]))
+
+    def bits(values: np.ndarray, kifs: np.ndarray) -> tuple[int, str]:
+        rows = np.unpackbits(sim.pack_bits(values, kifs), axis=1, bitorder="little")[:, : int(kifs.sum())]
+        return rows.shape[1] - 1, ", ".join('"' + "".join(map(str, row[::-1])) + '"' for row in rows)
+
+    (inputs, a), (outputs, b) = bits(flatten_batch(x), rtl.inp_kifs), bits(flatten_batch(expected), rtl.out_kifs)
+    clock = "clk => clk, " if rtl.stages else ""
+    text = BENCH.format(last=59, inputs=inputs, outputs=outputs, x=a, y=b, clock=clock, latency=rtl.latency_cycles)
+    (tmp_path / "bench.vhd").write_text(text)
+    sources = [*(rtl.src / "static").glob("*.vhd"), *(p for p in rtl.src.glob("*.vhd") if "wrapper" not in p.name)]
+    for command in (["-i", *map(str, sources), "bench.vhd"], ["-m", "bench"]):
+        subprocess.run(["ghdl", command[0], "--std=08", *command[1:]], cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    done = subprocess.run(["ghdl", "-r", "--std=08", "bench"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    said = done.stdout + done.stderr
+    assert (done.returncode == 0 and "passed" in said) if not flipped else (done.returncode != 0 and "vector" in said)

@@ -7,10 +7,12 @@ import math
 import numpy as np
 import pytest
 
-from pquant_jax._errors import DataError
+from pquant_jax._errors import DataError, LoweringError
 from pquant_jax.lower import cost
 from pquant_jax.lower.backends import alkaid, da4ml
-from pquant_jax.lower.ir import Graph, Node, validate
+from pquant_jax.lower.emulate import emulate, port_grid, trace_values
+from pquant_jax.lower.ir import Graph, Node, label, validate
+from pquant_jax.lower.synth import missing_tools, synth
 
 from .random_graphs import const, dense, node, port, quantized, random_graph, table
 
@@ -36,6 +38,35 @@ def test_layers_hold_every_operation_of_da4ml_once(kind):
     for _ in range(5):
         graph = random_graph(rng, kind)
         assert cost.total(cost.layers(graph, da4ml)).cost == pytest.approx(da4ml.to_comb(graph).cost)
+
+
+def test_a_layer_cut_out_computes_what_it_does_in_the_graph():
+    rng = np.random.default_rng(10)
+    for graph in (model(rng, (5, 4, 3)), *(random_graph(rng, kind) for kind in ("mixed", "table", "dense") * 3)):
+        values = trace_values(graph, port_grid(graph, 100, rng))
+        names = cost.layer_names(graph)
+        index = {label(graph, j): j for j in range(len(graph.nodes))}  # a port of a part is named after its source
+        for name in {own for own, part in zip(names, graph.nodes, strict=True) if part.op != "const"} - {"x"}:
+            part = cost.cut_layer(graph, name)
+            if not part.inputs:  # all of it is constant
+                continue
+            inside = [j for j, own in enumerate(names) if own == name and graph.nodes[j].op != "const"]
+            read = {i for j, own in enumerate(names) if own != name for i in graph.nodes[j].inputs} | set(graph.outputs)
+            found = emulate(part, [values[index[part.nodes[j].name]] for j in part.inputs])
+            for got, wanted in zip(found, [values[j] for j in inside if j in read], strict=True):
+                np.testing.assert_array_equal(*np.broadcast_arrays(got, wanted))
+    with pytest.raises(LoweringError, match="no layer is called 'Dens_0'.*did you mean 'Dense_0'"):
+        cost.cut_layer(model(rng), "Dens_0")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(missing_tools()), reason="; ".join(missing_tools()))
+def test_layers_synthesized_alone_are_about_the_whole(tmp_path):
+    graph = model(np.random.default_rng(11), (6, 4))
+    rows = cost.synthesize_layers(graph, da4ml)
+    whole = synth(da4ml.write_rtl(da4ml.to_comb(graph), tmp_path / "net", name="net"))
+    assert [row["layer"] for row in rows] == ["Dense_0", "Dense_1"]
+    assert sum(row["lut"] for row in rows) == pytest.approx(whole["lut"], rel=0.2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -66,14 +97,15 @@ def test_features_of_known_operations():
     assert found["wide_table"] % 4 == 0 and found["wide_table"] > 0 and not found["adder"]
 
 
-def test_registers_are_those_of_the_pipeline_before_it_is_balanced():
-    from da4ml.trace.pipeline import to_pipeline
-
-    graph = model(np.random.default_rng(4), (8, 8, 4))
-    comb = da4ml.to_comb(graph)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_registers_are_those_of_the_pipeline(backend):
+    graph, module = model(np.random.default_rng(4), (8, 8, 4)), BACKENDS[backend]
     for cutoff in (2, 4):
-        pipe = to_pipeline(comb, cutoff, retiming=False, verbose=False)
-        assert cost.total(cost.layers(graph, da4ml, cutoff=cutoff)).features["register"] == pytest.approx(pipe.reg_bits, rel=0.1)
+        parts = cost.layers(graph, module, cutoff=cutoff)
+        found, (stages, reg_bits, _) = cost.total(parts).features, module.staged(module.to_comb(graph), cutoff)
+        low, high = (found["register"] + n * found["shift"] for n in (3, stages + 1))  # a shift register holds 3 bits and more
+        assert low * (1 - 1e-9) <= reg_bits <= high * (1 + 1e-9)
+        assert sum(part.features["register"] > 0 for part in parts) >= 3
     assert cost.total(cost.layers(graph, da4ml)).features["register"] == 0
 
 
