@@ -75,8 +75,7 @@ def bit_map(scores: Mapping[str, Any], *, unit: str = "change of the loss") -> s
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         low, high = float(np.floor(np.nanmin(table))), float(np.ceil(np.nanmax(table)))
-        colors = style.shades(64, 0.04)
-        colors.set_bad(style.GRID)
+        colors = style.shades(64, 0.04).with_extremes(bad=style.GRID)
         shown = axes.imshow(np.ma.masked_invalid(table), cmap=colors, vmin=low, vmax=max(high, low + 1), aspect="auto")
         for (row, column), value in np.ndenumerate(table):
             if np.isfinite(value):

@@ -217,6 +217,7 @@ def test_the_score_is_the_change_of_a_quadratic_loss(method):
                 np.testing.assert_allclose(found.score["w"][element, 0, bit], abs(g * dw) + h * dw**2 / 2, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_curvature_of_a_network_is_that_of_its_full_hessian(made):
     """Of the last layer, whose float forward can be written down: softmax of tanh features."""
     found = robust.bit_sensitivity(made.inst, made.view, made.state, made.x, made.y, method="exact")
