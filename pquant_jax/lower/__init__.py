@@ -10,7 +10,8 @@ from pquant_jax.lower._verify import forward_outputs, vectors_of, verify
 from pquant_jax.lower.canonical import canonical, difference, same
 from pquant_jax.lower.dead import remove_dead
 from pquant_jax.lower.emulate import emulate
-from pquant_jax.lower.ir import Graph, Node
+from pquant_jax.lower.ir import Graph, Node, weight_ports
+from pquant_jax.lower.loadable import loaded, weights_of
 from pquant_jax.lower.overflow import overflows, prove_no_overflow
 from pquant_jax.lower.passes import lint, simplify
 
@@ -29,6 +30,7 @@ __all__ = [
     "forward_outputs",
     "from_qonnx",
     "lint",
+    "loaded",
     "overflows",
     "prove_no_overflow",
     "remove_dead",
@@ -37,4 +39,6 @@ __all__ = [
     "trace",
     "vectors_of",
     "verify",
+    "weight_ports",
+    "weights_of",
 ]

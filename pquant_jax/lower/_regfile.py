@@ -39,30 +39,30 @@ module pq_register_file #(
     output [WORD*WORDS-1:0] stored
 );
     wire [WORD*WORDS-1:0] next;
-    genvar n;
+    genvar n, b;
     generate
-        for (n = 0; n < WORDS; n = n + 1) begin : words_next
+        for (n = 0; n < WORDS; n = n + 1) begin : words
             assign next[n*WORD +: WORD] = rst ? RESET[n*WORD +: WORD] : (we && addr == n) ? wdata : stored[n*WORD +: WORD];
-        end
-        for (n = 0; n < WORD * WORDS; n = n + 1) begin : flop
+            for (b = 0; b < WORD; b = b + 1) begin : bits
 `ifdef PQUANT_INJECT
-            wire hit = flip && flip_bit == n;
-            wire [2:0] upset = {hit && flip_copy == 2, hit && flip_copy == 1, hit && flip_copy == 0};
+                wire hit = flip && flip_bit == n * WORD + b;
+                wire [2:0] upset = {hit && flip_copy == 2, hit && flip_copy == 1, hit && flip_copy == 0};
 `else
-            wire [2:0] upset = 3'b000;
+                wire [2:0] upset = 3'b000;
 `endif
-            if (!USED[n]) begin : none
-                assign stored[n] = 1'b0;
-            end else if (VOTED[n]) begin : three
-                wire [2:0] q;
-                pq_copy #(.RESET(RESET[n])) copy0 (.clk(clk), .d(next[n] ^ upset[0]), .q(q[0]));
-                pq_copy #(.RESET(RESET[n])) copy1 (.clk(clk), .d(next[n] ^ upset[1]), .q(q[1]));
-                pq_copy #(.RESET(RESET[n])) copy2 (.clk(clk), .d(next[n] ^ upset[2]), .q(q[2]));
-                assign stored[n] = (q[0] & q[1]) | (q[0] & q[2]) | (q[1] & q[2]);
-            end else begin : one
-                reg q = RESET[n];
-                always @(posedge clk) q <= next[n] ^ upset[0];
-                assign stored[n] = q;
+                if (!USED[n*WORD+b]) begin : none
+                    assign stored[n*WORD+b] = 1'b0;
+                end else if (VOTED[n*WORD+b]) begin : three
+                    wire [2:0] q;
+                    pq_copy #(.RESET(RESET[n*WORD+b])) copy0 (.clk(clk), .d(next[n*WORD+b] ^ upset[0]), .q(q[0]));
+                    pq_copy #(.RESET(RESET[n*WORD+b])) copy1 (.clk(clk), .d(next[n*WORD+b] ^ upset[1]), .q(q[1]));
+                    pq_copy #(.RESET(RESET[n*WORD+b])) copy2 (.clk(clk), .d(next[n*WORD+b] ^ upset[2]), .q(q[2]));
+                    assign stored[n*WORD+b] = (q[0] & q[1]) | (q[0] & q[2]) | (q[1] & q[2]);
+                end else begin : one
+                    reg q = RESET[n*WORD+b];
+                    always @(posedge clk) q <= next[n*WORD+b] ^ upset[0];
+                    assign stored[n*WORD+b] = q;
+                end
             end
         end
     endgenerate

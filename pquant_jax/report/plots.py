@@ -9,13 +9,17 @@ from pquant_jax.report._bits import bit_widths, kernel_bits, out_of_range, range
 from pquant_jax.report._cost import cutoff_sweep, layer_cost
 from pquant_jax.report._curves import confusion, history, regression, roc, roc_curve
 from pquant_jax.report._patterns import pattern_histogram, pattern_kernels
+from pquant_jax.report._robust import FlipCurve, bit_map, flip_rates
 from pquant_jax.report._scan import scan_differences, scan_layers, scan_lines, scan_map, scan_response
 from pquant_jax.report._types import Profile
 
 __all__ = [
+    "FlipCurve",
+    "bit_map",
     "bit_widths",
     "confusion",
     "cutoff_sweep",
+    "flip_rates",
     "history",
     "kernel_bits",
     "layer_cost",
