@@ -26,7 +26,7 @@ def zoo_lines() -> Iterator[Line]:
     for name, entry in zoo.ENTRIES.items():
         found = zoo.run(name)
         promise = "trains, refused with a way out" if entry.refused else "trains, lowers, 0 mismatches"
-        yield Line(f"zoo, {name}: {promise}", zoo.text(found), found["holds"])
+        yield Line(f"zoo, {name}: {promise}", zoo.text(found), found["holds"], "skipped" in found)
         jax.clear_caches()  # no model comes twice
         gc.collect()
 

@@ -191,14 +191,19 @@ def generate(out: Path, n: int, seed: int, workers: int) -> None:
 
 
 def subset(source: Path, out: Path, seed: int, per_class: dict[str, int]) -> None:
-    """Write `out` from the big file `source`: x_train, y_train, ... with `per_class` jets of each class in each split.
+    """Write `out` from the big file `source`: `balanced` with `per_class` jets of each class in each split."""
+    write(out, balanced(source, seed, per_class))
+
+
+def balanced(source: Path, seed: int, per_class: dict[str, int]) -> dict[str, np.ndarray]:
+    """x_train, y_train, ... of the big file `source`, `per_class` jets of each class in each split.
 
     Every five rows in sequence are one jet of each class in random order, so that any leading part is balanced.
     """
     with np.load(source) as archive:
         x, y = archive["x"], archive["y"]
     rng = np.random.Generator(np.random.Philox(seed))
-    rows = [rng.permutation(np.flatnonzero(y == label)) for label in range(5)]
+    rows = [rng.permutation(np.flatnonzero(y == label)) for label in range(len(CLASSES))]
     wanted = sum(per_class.values())
     if min(map(len, rows)) < wanted:
         sys.exit(f"{source} has {min(map(len, rows))} jets in its smallest class, {wanted} are wanted")
@@ -207,12 +212,12 @@ def subset(source: Path, out: Path, seed: int, per_class: dict[str, int]) -> Non
     for part, table in zip(per_class, parts, strict=True):
         index = rng.permuted(table, axis=1).ravel()
         arrays |= {f"x_{part}": x[index], f"y_{part}": y[index].astype(np.int8)}
-    write(out, arrays)
+    return arrays
 
 
-def write(out: Path, arrays: dict[str, np.ndarray]) -> None:
+def write(out: Path, arrays: dict[str, np.ndarray], features: Sequence[str] = FEATURES, source: str = SOURCE) -> None:
     """Write the arrays and their names under a temporary name, then rename; equal arrays give equal bytes."""
-    texts = {"features": FEATURES, "classes": list(CLASSES), "source": SOURCE, "licence": "CC0-1.0"}
+    texts = {"features": features, "classes": list(CLASSES), "source": source, "licence": "CC0-1.0"}
     temporary = out.with_name(out.name + ".part.npz")
     np.savez_compressed(temporary, **arrays, **{key: np.array(value) for key, value in texts.items()})
     os.replace(temporary, out)

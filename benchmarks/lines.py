@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Final, NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT: Final = Path(__file__).resolve().parent.parent
+
+
+module: Final = importlib.import_module  # a benchmark, when its line's turn has come
 
 
 class Line(NamedTuple):
-    """One promise: what, what was measured, whether it holds."""
+    """One promise: what, what was measured, whether it holds; skipped: not measured, for the reason in `figure`."""
 
     name: str
     figure: str
     holds: bool
-
-
-def module(name: str) -> Any:
-    """A benchmark as a module, imported when its line's turn has come."""
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    sys.modules[name] = made
-    spec.loader.exec_module(made)
-    return made
+    skipped: bool = False
 
 
 def listed(values: Iterable[float], form: str) -> str:

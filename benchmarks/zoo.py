@@ -4,17 +4,19 @@
 
 Each takes about a minute on one core: few epochs on few data, so the metrics are those of a smoke test, not of a paper.
 JAX forward, emulator, da4ml and (where its netlist is built in minutes) Verilator are compared on test data and random
-codes of the whole port.  MNIST and ResNet-20 read mnist.npz from the folder that PQUANT_DATA names, and are left out with
-a reason where there is none.
+codes of the whole port.  The CNN reads mnist.npz from the folder that PQUANT_DATA names, and is left out with a reason where
+there is none.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,12 +42,17 @@ class Trained(NamedTuple):
     data: pq.data.Dataset
 
 
-def train(entry: Entry, *, seed: int = 0, scale: float = 1.0) -> Trained:
-    """Train the model of `entry`.  scale: of its epochs, at least one of each stage that has any."""
+def instrumented(entry: Entry) -> tuple[pq.Instrumented, pq.data.Dataset]:
+    """The model of `entry` and its data; outputs that are exported in part have no format."""
     data = entry.data()
     x = jax.tree.map(lambda v: v[:2], data.train.x)
     given = {} if entry.outputs is None or entry.export is not None else {"outputs": entry.outputs}
-    inst = pq.instrument(as_model(entry.build(), x), x, inputs=entry.inputs, **given)
+    return pq.instrument(as_model(entry.build(), x), x, inputs=entry.inputs, **given), data
+
+
+def train(entry: Entry, *, seed: int = 0, scale: float = 1.0) -> Trained:
+    """Train the model of `entry`.  scale: of its epochs, at least one of each stage that has any."""
+    inst, data = instrumented(entry)
     compression = entry.compression(inst)
     plan = pq.Plan(*(max(1, round(scale * n)) if n else 0 for n in entry.epochs))
     samples = len(jax.tree.leaves(data.train.y)[0])
@@ -60,9 +67,7 @@ def train(entry: Entry, *, seed: int = 0, scale: float = 1.0) -> Trained:
 def float_model(name: str, *, seed: int = 0) -> tuple[pq.Instrumented, Any, pq.data.Dataset, Entry]:
     """(inst, parameters, data, entry) of a model trained without compression, for scans."""
     entry = ENTRIES[name]
-    data = entry.data()
-    x = jax.tree.map(lambda v: v[:2], data.train.x)
-    inst = pq.instrument(as_model(entry.build(), x), x, inputs=entry.inputs)
+    inst, data = instrumented(entry)
     result = pq.fit(
         inst, data, batch_size=entry.batch, seed=seed, loss=entry.loss, metric=entry.metric,
         plan=pq.Plan(sum(entry.epochs), 0, 0), optimizer=optax.adam(entry.rate),
@@ -80,6 +85,24 @@ def exported(entry: Entry, trained: Trained) -> Trained:
     sites = {name: view.sites[name] for name in inst.sites}
     masks = {path: m for path, m in view.masks.items() if path in inst.sites}
     return Trained(inst, pq.View(part.params, sites, masks), part.state, trained.data)
+
+
+def graphs(names: Sequence[str] = (), *, scale: float = 1.0) -> dict[str, lower.Graph]:
+    """{name: graph} of the models `names`, trained in `scale` of their epochs; of all that can be lowered and have data."""
+    made = {}
+    for name in names or ENTRIES:
+        entry = ENTRIES[name]
+        if entry.refused:
+            continue
+        try:
+            inst, view, state, _ = exported(entry, train(entry, scale=scale))
+        except DataError as error:
+            print(f"{name} is left out: {error}", file=sys.stderr)
+            continue
+        made[name] = lower.trace(inst, view, state)
+        jax.clear_caches()  # no model comes twice
+        gc.collect()
+    return made
 
 
 def outputs(inst: pq.Instrumented, view: pq.View, state: Any, graph: lower.Graph, x: Any) -> Any:

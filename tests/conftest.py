@@ -6,9 +6,12 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before the first import of jax, and a GPU run can still override it
 
+import importlib
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -25,6 +28,13 @@ _ALWAYS: dict[str, Any] = dict(derandomize=True, deadline=None, database=None, s
 settings.register_profile("default", max_examples=30, **_ALWAYS)
 settings.register_profile("thorough", max_examples=500, **_ALWAYS)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(scope="session")
+def benchmark_module() -> Callable[[str], ModuleType]:
+    """The scripts of benchmarks/ by name, as they import each other."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    return importlib.import_module
 
 
 @pytest.fixture

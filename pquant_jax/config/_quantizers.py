@@ -5,7 +5,7 @@ What a section leaves out is the default of the method's factory in `pquant_jax.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
@@ -119,7 +119,17 @@ def _completed(method: str, section: type[Bits], data: Any) -> Any:
     return made
 
 
-class HGQ(Section):
+class Quantizer(Section):
+    """What all quantizers' sections have: each format given in part is written out from the method's default."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, data: Any) -> Any:
+        fields = cls.model_fields
+        return _completed(fields["method"].default, cast(type[Bits], fields["activations"].annotation), data)
+
+
+class HGQ(Quantizer):
     """Bit-widths trained by gradient, per element, under the pressure of beta x EBOPs."""
 
     method: Literal["hgq"] = "hgq"
@@ -146,11 +156,6 @@ class HGQ(Section):
     rules: list[MovingRule] = []
     """Exceptions, the first match wins."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _complete(cls, data: Any) -> Any:
-        return _completed("hgq", MovingBits, data)
-
     @model_validator(mode="after")
     def _trainable(self) -> Self:
         formats = ((name, getattr(self, name)) for name in formats_of("hgq"))
@@ -160,7 +165,7 @@ class HGQ(Section):
         return self
 
 
-class Fixed(Section):
+class Fixed(Quantizer):
     """The same formats throughout, as ap_fixed."""
 
     method: Literal["fixed"] = "fixed"
@@ -177,13 +182,8 @@ class Fixed(Section):
     rules: list[Rule] = []
     """Exceptions, the first match wins."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _complete(cls, data: Any) -> Any:
-        return _completed("fixed", Bits, data)
 
-
-class Dynamic(Section):
+class Dynamic(Quantizer):
     """Widths of k + i + f bits, divided as the values need; i and f only say where that begins."""
 
     method: Literal["dynamic"] = "dynamic"
@@ -204,13 +204,8 @@ class Dynamic(Section):
     compat: Literal["pquantml"] | None = None
     """Do as PQuantML does where that differs, to compare with it."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _complete(cls, data: Any) -> Any:
-        return _completed("dynamic", MovingBits, data)
 
-
-class Binary(Section):
+class Binary(Quantizer):
     """Kernels of two values, +s and -s, with a power of two s; the rest in fixed formats."""
 
     method: Literal["binary"] = "binary"
@@ -229,11 +224,6 @@ class Binary(Section):
     rules: list[Rule] = []
     """Exceptions, the first match wins; a kernel that one matches is a fixed-point number."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _complete(cls, data: Any) -> Any:
-        return _completed("binary", Bits, data)
-
 
 class Ternary(Binary):
     """Kernels of three values, +s, 0 and -s, with a power of two s; the rest in fixed formats."""
@@ -243,7 +233,7 @@ class Ternary(Binary):
     """Weights up to threshold * mean |w| are 0."""
 
 
-class Minifloat(Section):
+class Minifloat(Quantizer):
     """Kernels as small floating-point numbers whose bits are trained; the rest in fixed formats."""
 
     method: Literal["minifloat"] = "minifloat"
@@ -271,11 +261,6 @@ class Minifloat(Section):
     """Exceptions, the first match wins; a kernel that one matches is a fixed-point number."""
     compat: Literal["hgq2"] | None = None
     """Do as HGQ2 does where that differs, to compare with it."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _complete(cls, data: Any) -> Any:
-        return _completed("minifloat", Bits, data)
 
 
 Quantization = Annotated[HGQ | Fixed | Dynamic | Binary | Ternary | Minifloat, Field(discriminator="method")]

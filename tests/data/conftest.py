@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -11,12 +9,8 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def generate_jets() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "generate_jets.py"
-    spec = importlib.util.spec_from_file_location("generate_jets", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def generate_jets(benchmark_module) -> ModuleType:
+    return benchmark_module("generate_jets")
 
 
 @pytest.fixture

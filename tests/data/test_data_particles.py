@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -84,10 +83,8 @@ def test_another_file_is_cut_with_a_fixed_seed(tmp_path, whole):
         data.particles(50, 4, tmp_path / "flat.npz")
 
 
-def test_the_script_makes_the_same_bytes_again(tmp_path):
-    spec = importlib.util.spec_from_file_location("make_particles", ROOT / "benchmarks" / "make_particles.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+def test_the_script_makes_the_same_bytes_again(tmp_path, benchmark_module):
+    script = benchmark_module("make_particles")
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(100, 32, 3)).astype(np.float16), np.arange(100) % 5
     np.savez(tmp_path / "big.npz", x=x, y=y)

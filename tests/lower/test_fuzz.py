@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -17,14 +13,8 @@ from pquant_jax.numerics.oracle import quantize
 
 
 @pytest.fixture(scope="module")
-def fuzz() -> Iterator[ModuleType]:
-    path = Path(__file__).parents[2] / "benchmarks" / "fuzz.py"
-    spec = importlib.util.spec_from_file_location("fuzz", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fuzz"] = module  # flax looks its modules up by name
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["fuzz"]
+def fuzz(benchmark_module) -> ModuleType:
+    return benchmark_module("fuzz")
 
 
 def test_few_models(fuzz):

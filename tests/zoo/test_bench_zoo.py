@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 import pquant_jax as pq
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def bench():
-    """benchmarks/zoo.py; its folder is on the path while it is imported, as it is for the script."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        from lines import module
-
-        yield module("zoo")
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+def bench(benchmark_module):
+    return benchmark_module("zoo")
 
 
 def test_every_model_has_an_entry(bench):

@@ -96,7 +96,7 @@ def subgraph(graph: Graph, known: Sequence[Interval], region: Region) -> Graph:
 def netlist_code(name: str, part: Graph, known: Sequence[Interval], region: Region, flavor: str) -> str:
     """C++ of the region: `name(x0, x1, ..., y0, y1, ...)` on arrays of any fixed-point type.  Raises: LoweringError."""
     comb = da4ml.to_comb(part)
-    with da4ml.exact_da4ml("writing HLS"):
+    with da4ml.exact("writing HLS"):
         from da4ml.codegen.hls import hls_logic_and_bridge_gen
 
         logic, _ = hls_logic_and_bridge_gen(comb, f"{name}_logic", flavor, pragmas=["#pragma HLS INLINE"])
