@@ -86,7 +86,7 @@ def reuse_lines(backend: str = "Vitis", n: int = 200, optimize: str = "-O0") -> 
             inputs = port_grid(graph, n, rng)
             expected = flatten_batch(emulate(graph, inputs))
             ((layer, valid),) = hls.valid_reuse_factors(hls.to_hls(graph, folder, backend=backend, strategy="resource")).items()
-            mismatches, refused, invalid = 0, 0, [f for f in range(1, max(valid) + 1) if f not in valid]
+            mismatches, refused, invalid = 0, 0, [f for f in range(1, _products(graph) + 1) if f not in valid]
             for factor in invalid:
                 try:
                     hls.to_hls(graph, folder, backend=backend, strategy="resource", reuse_factor=factor)
@@ -102,6 +102,12 @@ def reuse_lines(backend: str = "Vitis", n: int = 200, optimize: str = "-O0") -> 
             layer=name, backend=backend, valid=valid, mismatches=mismatches, values=expected.size * len(valid),
             invalid=len(invalid), refused=refused, written=written, seconds=round(time.perf_counter() - start, 1),
         )  # fmt: skip
+
+
+def _products(graph: Graph) -> int:
+    """n_in * n_out of the one kernel."""
+    (kernel,) = (node for node in graph.nodes if node.op == "const" and np.ndim(node.attrs["value"]) == 3 and node.shape[1] > 1)
+    return int(np.prod(kernel.shape))
 
 
 def _three() -> dict[str, Graph]:

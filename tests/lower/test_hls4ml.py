@@ -332,3 +332,14 @@ def test_every_backend_is_written_or_says_what_it_needs(backend, tmp_path):
 @pytest.mark.parametrize("io_type", hls.IO_TYPES)
 def test_every_simulated_backend(backend, io_type, tmp_path):
     check(hls.compile(hls.to_hls(dense(), tmp_path / "p", backend=backend, io_type=io_type), optimize="-O0"))
+
+
+def test_a_convolution_is_not_reused_beyond_its_inputs(tmp_path):
+    def line(p: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        return lax.conv_general_dilated(x, p["line"], (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"))
+
+    graph = traced(line, {"line": kernel(3, 2, 4)}, (6, 2))
+    ((name, valid),) = hls.valid_reuse_factors(hls.to_hls(graph, tmp_path / "p", strategy="resource")).items()
+    assert valid == (1, 2, 3, 6)
+    with pytest.raises(LoweringError, match=rf"{name}.*6 x 4.*1, 2, 3, 6$"):
+        hls.to_hls(graph, tmp_path / "p", strategy="resource", reuse_factor=12)

@@ -236,17 +236,22 @@ def configured(project: Project, asked: Mapping) -> dict[str, dict[str, Any]]:
     return names
 
 
-def reuse_factors(products: tuple[int, int] | None, strategy: str) -> tuple[int, ...]:
+def reuse_factors(products: tuple[int, int] | None, strategy: str, *, convolution: bool = False) -> tuple[int, ...]:
     """The reuse factors that a layer of n_in x n_out products can have, those that hls4ml itself would leave alone.
+
+    Of a convolution no more than n_in: beyond that hls4ml 1.3.0 computes something else (Conv2D) or stops (Conv1D).
 
     >>> reuse_factors((4, 2), "resource"), reuse_factors((4, 2), "distributed_arithmetic")
     ((1, 2, 4, 8), (1,))
+    >>> reuse_factors((4, 2), "resource", convolution=True)
+    (1, 2, 4)
     """
     if products is None or strategy == "distributed_arithmetic":
         return (1,)
     from hls4ml.backends import get_backend
 
-    return tuple(get_backend("Vivado").get_valid_reuse_factors(*products))
+    valid = get_backend("Vivado").get_valid_reuse_factors(*products)
+    return tuple(factor for factor in valid if not convolution or factor <= products[0])
 
 
 def check_reuse(project: Project, names: Mapping[str, Mapping[str, Any]]) -> None:
@@ -255,7 +260,7 @@ def check_reuse(project: Project, names: Mapping[str, Mapping[str, Any]]) -> Non
         factor, strategy = names[made.name]["ReuseFactor"], names[made.name]["Strategy"]
         if factor == 1:
             continue
-        valid = reuse_factors(made.products, strategy)
+        valid = reuse_factors(made.products, strategy, convolution=made.kind.startswith("Conv"))
         if factor not in valid:
             size = "" if made.products is None else f" of {made.products[0]} x {made.products[1]} products"
             raise LoweringError(

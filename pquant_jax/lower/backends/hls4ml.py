@@ -101,7 +101,11 @@ def config(model: HLSModel) -> dict[str, Any]:
 def valid_reuse_factors(model: HLSModel) -> dict[str, tuple[int, ...]]:
     """Per layer with a kernel, the reuse factors that it can have with its strategy."""
     options = config(model)["LayerName"]
-    return {m.name: reuse_factors(m.products, options[m.name]["Strategy"]) for m in model.layers if m.products is not None}
+    return {
+        m.name: reuse_factors(m.products, options[m.name]["Strategy"], convolution=m.kind.startswith("Conv"))
+        for m in model.layers
+        if m.products is not None
+    }
 
 
 def write(model: HLSModel, *, overwrite: bool = False) -> Path:
