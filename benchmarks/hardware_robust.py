@@ -20,11 +20,11 @@ import numpy as np
 import zoo
 from zoo_entries import ENTRIES, Entry
 
-import pquant_jax as pq
 from pquant_jax import lower, robust
 from pquant_jax.lower import registers, sim
 from pquant_jax.lower.backends import da4ml
 from pquant_jax.report import plots
+from pquant_jax.zoo import mlp
 
 PERCENT, RATE, TRIALS, CHANCES, SAMPLES, VECTORS = 10.0, 0.03, 24, 3, 500, 4
 RATES: Final = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -41,7 +41,7 @@ class Study(NamedTuple):
     inject: Callable[..., robust.Injection]
 
 
-SMALL: Final = ENTRIES["mlp"]._replace(build=lambda: pq.zoo.mlp([16, 16], 5))
+SMALL: Final = ENTRIES["mlp"]._replace(build=lambda: mlp([16, 16], 5))
 
 
 def study(entry: Entry = ENTRIES["mlp"], seed: int = 0, scale: float = 0.5) -> Study:
