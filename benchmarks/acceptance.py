@@ -3,6 +3,7 @@
     python benchmarks/acceptance.py demo [--skip-clone]
     python benchmarks/acceptance.py pruning
     python benchmarks/acceptance.py models [--only zoo fuzz ...]
+    python benchmarks/acceptance.py hardware [--only hls rtl ...]
 
 Each takes about half an hour on 2 cores.  Nothing else should run: some of the lines are times.
 """
@@ -16,8 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 from lines import ROOT, Line, listed, module, pytest_line
@@ -112,22 +114,22 @@ def pruning(skip_clone: bool) -> Iterator[Line]:
     yield from module("acceptance_pruning").lines()
 
 
-def models(only: Sequence[str]) -> Iterator[Line]:
-    """All lines of the third milestone, or those of some parts."""
-    yield from module("acceptance_models").lines(only)
+WHOLE: Final = {"demo": demo, "pruning": pruning}
+DIVIDED: Final = ("models", "hardware")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("milestone", choices=["demo", "pruning", "models"])
+    parser.add_argument("milestone", choices=[*WHOLE, *DIVIDED])
     parser.add_argument("--skip-clone", action="store_true", help="leave out the lines that install from an empty clone")
-    parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="parts of the milestone models")
+    parser.add_argument("--only", nargs="+", default=[], metavar="PART", help=f"parts of the milestones {', '.join(DIVIDED)}")
     args = parser.parse_args()
     width = shutil.get_terminal_size((120, 20)).columns
-    parts = module("acceptance_models").PARTS if args.milestone == "models" else {}
+    divided = module(f"acceptance_{args.milestone}") if args.milestone in DIVIDED else None
+    parts = divided.PARTS if divided else {}
     if not set(args.only) <= set(parts):
         parser.error(f"--only is {' '.join(args.only)}, expected parts of {args.milestone}: {', '.join(parts) or 'it has none'}")
-    found = models(args.only) if parts else {"demo": demo, "pruning": pruning}[args.milestone](args.skip_clone)
+    found = divided.lines(args.only) if divided else WHOLE[args.milestone](args.skip_clone)
     failed = 0
     for line in found:
         failed += not line.holds

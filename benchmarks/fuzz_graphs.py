@@ -1,6 +1,6 @@
-"""Random graphs of every op of the IR: numpy emulator, da4ml's interpreter and the passes must give the same integers.
+"""Random graphs of every op of the IR: emulator, interpreter of da4ml or alkaid, and passes must give the same integers.
 
-    python benchmarks/fuzz_graphs.py [--graphs 1000] [--seed 0] [--rtl 0]
+    python benchmarks/fuzz_graphs.py [--graphs 1000] [--seed 0] [--rtl 0] [--backend alkaid]
 
 `fuzz.py` draws models; here the graphs are what no model happens to be: 3 to 12 random operations on tensors of random
 shapes (windows as in a convolution, tables per element, comparisons and selections, sums, maxima, products with
@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -25,7 +26,7 @@ import numpy as np
 
 from pquant_jax import LoweringError
 from pquant_jax.lower import sim
-from pquant_jax.lower.backends import da4ml
+from pquant_jax.lower.backends import alkaid, da4ml
 from pquant_jax.lower.canonical import canonical
 from pquant_jax.lower.dead import remove_dead
 from pquant_jax.lower.emulate import emulate, flatten_batch, port_grid
@@ -44,6 +45,7 @@ STEPS: Final = (
     "add", "sub", "mul", "max", "min", "bias", "scale", "neg", "abs", "select", "select", "compare", "sum", "amax", "amin",
     "concat",
 )  # fmt: skip
+BACKENDS: Final[dict[str, Any]] = {"da4ml": da4ml, "alkaid": alkaid}
 Modes = tuple[str, str]
 
 
@@ -53,7 +55,7 @@ class Counts(NamedTuple):
     outputs: int
     nonzero: int
     varying: int
-    da4ml: int
+    netlist: int
     passes: int
     rtl: int
 
@@ -191,30 +193,31 @@ def vectors(graph: Graph, n: int, rng: np.random.Generator) -> list[np.ndarray]:
     return [np.concatenate([a, 3.3 * b + 0.01]) for a, b in zip(inside, outside, strict=True)]
 
 
-def compare(graph: Graph, inputs: list[np.ndarray], work: Path | None = None) -> Counts:
+def compare(graph: Graph, inputs: list[np.ndarray], work: Path | None = None, backend: str = "da4ml") -> Counts:
     """Emulator against interpreter, passes and, if there is a folder to `work` in, simulated Verilog."""
     expected = flatten_batch(emulate(graph, inputs))
-    comb, flat = da4ml.to_comb(graph), flatten_batch(inputs)
+    rtl_of = BACKENDS[backend]
+    comb, flat = rtl_of.to_comb(graph), flatten_batch(inputs)
     other = [flatten_batch(emulate(g, inputs)) for g in (simplify(remove_dead(graph)), canonical(graph))]
     rtl = 0
     if work is not None:
         with tempfile.TemporaryDirectory(dir=work) as folder:
-            written = da4ml.write_rtl(comb, Path(folder) / "net", name="net")
+            written = rtl_of.write_rtl(comb, Path(folder) / "net", name="net")
             rtl = int((sim.simulate(written, flat, work=work) != expected).sum())
     varying = len(expected) * int(np.any(expected != expected[:1], axis=0).sum())
-    wrong = int((da4ml.predict(comb, flat) != expected).sum()), sum(int((v != expected).sum()) for v in other)
+    wrong = int((rtl_of.predict(comb, flat) != expected).sum()), sum(int((v != expected).sum()) for v in other)
     return Counts(expected.size, int((expected != 0).sum()), varying, *wrong, rtl)
 
 
-def fails(graph: Graph, inputs: list[np.ndarray]) -> bool:
+def fails(graph: Graph, inputs: list[np.ndarray], backend: str = "da4ml") -> bool:
     """Whether anything differs or breaks; what is refused with a typed error doesn't."""
     try:
-        counts = compare(graph, inputs)
+        counts = compare(graph, inputs, backend=backend)
     except LoweringError:
         return False
     except Exception:  # a crash of any kind is what the fuzz looks for
         return True
-    return bool(counts.da4ml or counts.passes)
+    return bool(counts.netlist or counts.passes)
 
 
 def shrunk(graph: Graph, inputs: list[np.ndarray], failing: Callable[[Graph, list[np.ndarray]], bool] = fails) -> Graph:
@@ -261,7 +264,13 @@ def shuffled(rng: np.random.Generator) -> Iterator[Modes]:
 
 
 def run(
-    graphs: int = 1000, seed: int = 0, *, vectors_each: int = 100, rtl: int = 0, report: Callable[[str], None] = print
+    graphs: int = 1000,
+    seed: int = 0,
+    *,
+    vectors_each: int = 100,
+    rtl: int = 0,
+    backend: str = "da4ml",
+    report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Compare `graphs` random graphs and return counts; graph n is a function of (seed, n) alone.
 
@@ -283,7 +292,7 @@ def run(
             may = [v for j, v in overflows(graph).items() if graph.nodes[j].op == "quantize"]
             quantized = [quantized[0] + sum(v.size for v in may), quantized[1] + sum(int(v.sum()) for v in may)]
             try:
-                counts = compare(graph, inputs, Path(folder) if n < rtl else None)
+                counts = compare(graph, inputs, Path(folder) if n < rtl else None, backend)
             except LoweringError as error:
                 refused.append(n)
                 report(f"graph {n} of seed {seed} is refused: {error}")
@@ -292,16 +301,17 @@ def run(
                 counts = Counts(0, 0, 0, 1, 0, 0)
                 report(f"graph {n} of seed {seed}: {type(error).__name__}: {error}")
             total = Counts(*(a + b for a, b in zip(total, counts, strict=True)))
-            if counts.da4ml or counts.passes or counts.rtl:
+            if counts.netlist or counts.passes or counts.rtl:
                 failed.append(n)
-                report(f"graph {n} of seed {seed} fails: {counts}\n{text(shrunk(graph, inputs))}")
+                small = shrunk(graph, inputs, partial(fails, backend=backend))
+                report(f"graph {n} of seed {seed} fails: {counts}\n{text(small)}")
     every = set(ops) == set(ARITY) and set(pairs) == set(PAIRS)
     rates = {key: round(getattr(total, key) / max(total.outputs, 1), 4) for key in ("nonzero", "varying")}
     return {
         "graphs": graphs,
         "seed": seed,
         "outputs": total.outputs,
-        "mismatches": {"da4ml": total.da4ml, "passes": total.passes, "rtl": total.rtl},
+        "mismatches": {backend: total.netlist, "passes": total.passes, "rtl": total.rtl},
         "simulated": min(rtl, graphs),
         "failed": failed,
         "refused": refused,
@@ -319,8 +329,9 @@ def main() -> int:
     parser.add_argument("--graphs", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rtl", type=int, default=0, help="how many graphs to simulate in Verilator, about 3 s each")
+    parser.add_argument("--backend", choices=sorted(BACKENDS), default="da4ml")
     args = parser.parse_args()
-    counts = run(args.graphs, args.seed, rtl=args.rtl)
+    counts = run(args.graphs, args.seed, rtl=args.rtl, backend=args.backend)
     print(json.dumps(counts, indent=2))
     return 0 if counts["holds"] else 1
 

@@ -11,10 +11,12 @@ there is none.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,6 +85,24 @@ def exported(entry: Entry, trained: Trained) -> Trained:
     sites = {name: view.sites[name] for name in inst.sites}
     masks = {path: m for path, m in view.masks.items() if path in inst.sites}
     return Trained(inst, pq.View(part.params, sites, masks), part.state, trained.data)
+
+
+def graphs(names: Sequence[str] = (), *, scale: float = 1.0) -> dict[str, lower.Graph]:
+    """{name: graph} of the models `names`, trained in `scale` of their epochs; of all that can be lowered and have data."""
+    made = {}
+    for name in names or ENTRIES:
+        entry = ENTRIES[name]
+        if entry.refused:
+            continue
+        try:
+            inst, view, state, _ = exported(entry, train(entry, scale=scale))
+        except DataError as error:
+            print(f"{name} is left out: {error}", file=sys.stderr)
+            continue
+        made[name] = lower.trace(inst, view, state)
+        jax.clear_caches()  # no model comes twice
+        gc.collect()
+    return made
 
 
 def outputs(inst: pq.Instrumented, view: pq.View, state: Any, graph: lower.Graph, x: Any) -> Any:

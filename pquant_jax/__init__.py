@@ -8,7 +8,7 @@
 'chain(dst, hgq)'
 """
 
-from pquant_jax import constrain, data, graph, nn, numerics, prune, quantize, search, train, transforms
+from pquant_jax import constrain, data, graph, nn, numerics, prune, quantize, search, train, transforms, trees
 from pquant_jax._base import KIF, AxisRole, Event, InputSpec, Params, SiteSpec, Stage, Transform, View
 from pquant_jax._errors import (
     ConfigError,
@@ -122,6 +122,7 @@ __all__ = [
     "template",
     "train",
     "transforms",
+    "trees",
     "update_state",
     "with_hyper",
 ]

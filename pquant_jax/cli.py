@@ -35,7 +35,7 @@ run.  A finished run is left as it is.
 LOWER: Final = """
 Lower a trained run again: graph.npz, rtl/, the proof, the cell count, summary.json and report.html are replaced.
 
-  pquant-jax lower runs/jets_hgq --set hardware.latency_cutoff=3 --set hardware.vhdl=true
+  pquant-jax lower runs/jets_hgq --set hardware.latency_cutoff=3 --set hardware.hls=Vitis
 """
 VERIFY: Final = """
 Compare the JAX forward, the emulator, da4ml's netlist and the written Verilog of a lowered run once more, integer by

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ import pquant_jax as pq
 from pquant_jax import _tree, config
 from pquant_jax.config import _methods, _quantizers
 from pquant_jax.config._load import TAGS, _sections, _tag
+from pquant_jax.lower import Graph
 from pquant_jax.lower.rtl import RTLInfo
 from pquant_jax.run import _hardware, _training, skips
 from pquant_jax.run._files import new_folder
@@ -169,13 +171,19 @@ def _skipped(experiment, prepared, **_):
 
 
 def _rtl(experiment, prepared, *, monkeypatch, tmp_path):
-    """What is asked of da4ml and of `verify`."""
+    """What is asked of the written project and of `verify`."""
+    from pquant_jax.lower import project
     from pquant_jax.lower.backends import da4ml
 
     calls: list[Any] = []
     info = RTLInfo("m", tmp_path, tmp_path, "verilog", 0, 0, 1, 0, 0.0, 0.0, np.zeros((3, 1)), np.zeros((3, 1)))
+
+    def write_project(graph, comb, where, *, vectors, **options):
+        calls.append((where.name, len(vectors), sorted(options.items())))
+        return project.ProjectInfo("m", where, {"verilog": info}, 1, {})
+
     monkeypatch.setattr(da4ml, "to_comb", lambda graph: None)
-    monkeypatch.setattr(da4ml, "write_rtl", lambda comb, where, **k: calls.append((where.name, sorted(k.items()))) or info)
+    monkeypatch.setattr(project, "write_project", write_project)
     monkeypatch.setattr(
         _hardware,
         "compare",
@@ -183,8 +191,29 @@ def _rtl(experiment, prepared, *, monkeypatch, tmp_path):
     )
     (tmp_path / "rtl").mkdir()
     changed = prepared._replace(experiment=experiment)
-    _hardware.write_netlists(changed, None, tmp_path)
+    _hardware.write_netlists(changed, None, [np.zeros((2, 3))], tmp_path)
     _hardware.prove(changed, None, None, None, None, {}, make_log(quiet=True), {"skipped": {}})
+    return calls
+
+
+def _exports(experiment, prepared, *, monkeypatch, tmp_path):
+    """What is asked of hls4ml and of the ONNX writer."""
+    from pquant_jax.lower.backends import hls4ml, onnx
+    from pquant_jax.run import _exports as exports
+
+    calls: list[Any] = []
+    model = hls4ml.HLSModel(Graph((), (), ()), None, (), (), {}, tmp_path)
+    monkeypatch.setattr(hls4ml, "to_hls", lambda graph, folder, **k: calls.append(sorted(k.items())) or model)
+    for verb in ("write", "compile"):
+        monkeypatch.setattr(hls4ml, verb, lambda m, verb=verb, **k: calls.append(verb) or m)
+    monkeypatch.setattr(hls4ml, "predict", lambda m, x: np.zeros((2, 0)))
+    made = SimpleNamespace(graph=SimpleNamespace(node=()))
+    for kind in exports.ENGINES:
+        monkeypatch.setattr(onnx, f"to_{kind}", lambda graph, path, kind=kind, **k: calls.append(kind) or made)
+    monkeypatch.setattr(onnx, "execute", lambda m, x, **k: np.zeros((2, 0)))
+    monkeypatch.setattr(exports, "emulate", lambda graph, x: [np.zeros((2, 0))])
+    changed = prepared._replace(experiment=experiment)
+    exports.export(changed, None, [np.zeros((2, 3))], tmp_path, make_log(quiet=True), {"mismatches": {}})
     return calls
 
 
@@ -203,6 +232,7 @@ def _folders(experiment, prepared, *, tmp_path, **_):
 
 
 PDP = {"method": "pdp"}
+HLS = ["hardware.hls=Vitis"]
 SPARSITY = {"metric": "sparsity", "kind": ">=", "target": 0.5}
 OWN = """
 import flax.linen as nn
@@ -424,10 +454,19 @@ EFFECTS: dict[str, tuple[Any, Any, list[str]]] = {
     "order": ("quantize_then_prune", _compression, []),
     "hardware.lower": (False, _skipped, []),
     "hardware.latency_cutoff": (9, _rtl, []),
-    "hardware.vhdl": (True, _rtl, []),
+    "hardware.vhdl": (False, _rtl, []),
+    "hardware.part": ("xcku115", _rtl, []),
+    "hardware.clock_period": (2.5, _rtl, []),
     "hardware.simulate": (False, _skipped, []),
     "hardware.synthesize": (False, _skipped, []),
     "hardware.vectors": (77, _rtl, []),
+    "hardware.hls.backend": ("Vivado", _exports, HLS),
+    "hardware.hls.io_type": ("io_stream", _exports, HLS),
+    "hardware.hls.strategy": ("resource", _exports, HLS),
+    "hardware.hls.reuse_factor": (4, _exports, HLS),
+    "hardware.hls.layers": ({"Dense_0": {"ReuseFactor": 2}}, _exports, HLS),
+    "hardware.hls.simulate": (False, _exports, HLS),
+    "hardware.onnx": (["qonnx", "qdq"], _exports, []),
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ LAYERS = [  # packages of one line never import each other; the first line is on
     ("prune", "quantize", "constrain", "graph"),
     ("nn", "zoo", "data"),
     ("lower", "train"),
-    ("search", "report", "robust"),
+    ("search", "report", "robust", "trees"),
     ("config",),
     ("run",),
     ("cli",),
@@ -29,7 +29,10 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ONLY = {"report": {"_errors"}, "data": {"_errors", "_base", "_tree"}}  # what these may use of the package
 SURFACE = {"run", "cli"}  # written against the public surface, `import pquant_jax as pq`, as a user's program is
 NUMPY_ONLY = ["lower/ir.py", "lower/emulate.py", "lower/ranges.py", "lower/dead.py", "numerics/oracle.py"]
-HEAVY = {"da4ml", "hls4ml", "matplotlib", "sklearn", "equinox", "mlflow", "optuna"}
+HEAVY = {
+    "alkaid", "da4ml", "hls4ml", "lightgbm", "matplotlib", "mlflow", "onnx",
+    "onnxruntime", "optuna", "qonnx", "sklearn", "xgboost", "equinox",
+}  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
 
 

@@ -98,7 +98,9 @@ def test_run_directory_is_complete(folder):
         "graph.npz", "rtl", "profiles.npz", "test.npz", "summary.json", "report.html",
     }  # fmt: skip
     assert not list(folder.rglob("*.part*")), "something was left half-written"
-    assert list((folder / "rtl" / "comb" / "src").glob("*.v")) and list((folder / "rtl" / "pipelined" / "src").glob("*.v"))
+    assert (
+        list((folder / "rtl" / "comb" / "rtl" / "verilog").glob("*.v")) and (folder / "rtl" / "pipelined" / "README.md").is_file()
+    )
 
 
 def test_summary_has_every_key_of_a_run(summary):
@@ -362,10 +364,10 @@ def copy(folder, tmp_path) -> Path:
 
 
 def test_lower_again_with_another_pipeline(copy, summary):
-    changed = run.lower(copy, ["hardware.latency_cutoff=1", "hardware.vhdl=true"], quiet=True)
+    changed = run.lower(copy, ["hardware.latency_cutoff=1", "hardware.vhdl=false"], quiet=True)
     assert changed["cost"]["latency_cycles"] > summary["cost"]["latency_cycles"]
     assert changed["accuracy"] == summary["accuracy"] and changed["seconds"]["train"] == summary["seconds"]["train"]
-    assert list((copy / "rtl" / "comb_vhdl" / "src").glob("*.vhd"))
+    assert not (copy / "rtl" / "comb" / "rtl" / "vhdl").exists() and (copy / "rtl" / "comb" / "rtl" / "verilog").is_dir()
     assert config.parse(config.read_yaml((copy / "config.yaml").read_text(), "")).hardware.latency_cutoff == 1
     with pytest.raises(pq.ConfigError, match="settings of hardware only"):
         run.lower(copy, ["training.epochs=3"], quiet=True)

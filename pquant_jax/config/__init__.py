@@ -13,12 +13,14 @@ from pquant_jax.config._build import (
     weights_optimizer,
 )
 from pquant_jax.config._compress import compresses, compression, format_of, quantizer, quantizes, search
+from pquant_jax.config._hardware import Hls
 from pquant_jax.config._load import dump, load, parse, read_yaml
 from pquant_jax.config._names import find_file, importing, named
 from pquant_jax.config._schema import Experiment, json_schema
 
 __all__ = [
     "Experiment",
+    "Hls",
     "compresses",
     "compression",
     "dataset",

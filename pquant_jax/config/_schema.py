@@ -12,6 +12,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from pquant_jax.config._fields import AtLeastOne, Count, NotNegative, Positive, Section, Sign, Where, number, short, whole
+from pquant_jax.config._hardware import Hardware
 from pquant_jax.config._methods import Constraint, Pruning, Search, metric_section
 from pquant_jax.config._quantizers import Quantization
 
@@ -35,6 +36,7 @@ SHORT: Final[Mapping[str, Callable[[Any], Any]]] = {
     "pruning.groups": _section("name"),
     "constraints.metric": metric_section,
     "constraints.metric.groups": _section("name"),
+    "hardware.hls": _section("backend"),
 }
 """The sections that may be written as one value, and what it stands for."""
 
@@ -156,23 +158,6 @@ class Training(Section):
         if self.weight_decay and self.optimizer != "adamw":
             raise ValueError(f"weight_decay 0 with optimizer {self.optimizer!r}, or optimizer 'adamw'")
         return self
-
-
-class Hardware(Section):
-    """What is made of the trained model.  Needs a quantizer."""
-
-    lower: bool = True
-    """Turn the model into a netlist and Verilog."""
-    latency_cutoff: Positive = 5.0
-    """Adder delays between two registers of the pipelined netlist."""
-    vhdl: bool = False
-    """Write VHDL beside the Verilog."""
-    simulate: bool = True
-    """Run the Verilog on every test vector and compare integers."""
-    synthesize: bool = True
-    """Count LUTs, flip-flops and DSPs of the pipelined netlist."""
-    vectors: AtLeastOne = 10_000
-    """How many inputs are compared: the test set and random codes of the whole port."""
 
 
 class Experiment(Section):

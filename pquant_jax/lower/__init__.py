@@ -3,9 +3,10 @@
 from pquant_jax.lower._build import Gap
 from pquant_jax.lower._check import check
 from pquant_jax.lower._estimate import Estimate, estimate
+from pquant_jax.lower._onnx_in import Imported, from_qonnx
 from pquant_jax.lower._plugin import Finished
 from pquant_jax.lower._trace import trace
-from pquant_jax.lower._verify import forward_outputs, verify
+from pquant_jax.lower._verify import forward_outputs, vectors_of, verify
 from pquant_jax.lower.canonical import canonical, difference, same
 from pquant_jax.lower.dead import remove_dead
 from pquant_jax.lower.emulate import emulate
@@ -19,6 +20,7 @@ __all__ = [
     "Finished",
     "Gap",
     "Graph",
+    "Imported",
     "Node",
     "canonical",
     "check",
@@ -26,6 +28,7 @@ __all__ = [
     "emulate",
     "estimate",
     "forward_outputs",
+    "from_qonnx",
     "lint",
     "loaded",
     "overflows",
@@ -34,6 +37,7 @@ __all__ = [
     "same",
     "simplify",
     "trace",
+    "vectors_of",
     "verify",
     "weight_ports",
     "weights_of",

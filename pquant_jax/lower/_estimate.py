@@ -125,6 +125,6 @@ def check_size(inst: Instrumented, view: View, model_state: Tree, limit: float, 
         raise LoweringError(
             f"the fully parallel netlist would have {found}; the limit is {limit:,.0f} in all"
             f"{f', a product of two inputs counting {LOADABLE} times' if loadable else ''}.  Prune more, or make the input "
-            "smaller; a model of this size goes through hls4ml with io_stream (one position after the other), which is not "
-            "built here.  lower.trace(..., limit=float('inf')) tries nevertheless"
+            "smaller; or go through hls4ml, one position after the other: trace with limit=float('inf') and quantizers of one "
+            "format per tensor, then lower.backends.hls4ml.to_hls(graph, directory, io_type='io_stream')"
         )

@@ -1,4 +1,4 @@
-"""da4ml's plugin for our models: what `da4ml.converter.trace_model` calls for a `Finished` model or a `Graph`."""
+"""Our plugins of da4ml and alkaid: what their `converter.trace_model` calls for a `Finished` model or a `Graph`."""
 
 from __future__ import annotations
 
@@ -34,17 +34,38 @@ def tracer(model: Finished | Graph, hwconf: Any, solver_options: Any = None, **o
     """
     from da4ml.converter.plugin import DAISTracerPluginBase
 
+    from pquant_jax.lower.backends import da4ml
+
+    return _tracer(DAISTracerPluginBase, da4ml, model, hwconf, solver_options, options)
+
+
+def alkaid_tracer(model: Finished | Graph, hwconf: Any, solver_options: Any = None, **options: Any) -> Any:
+    """The object that alkaid's entry point `alir_tracer.plugins` asks for; users call alkaid.  As `tracer`.
+
+    Give what it returns to `alkaid.trace.trace` with `optimize=False`: two of the passes that run by default are not
+    exact on 1 of 500 random graphs (`backends.alkaid` says which).  Raises: LoweringError for another model or an
+    unknown option.
+    """
+    from alkaid.converter.plugin import ALIRTracerPluginBase
+
+    from pquant_jax.lower.backends import alkaid
+
+    return _tracer(ALIRTracerPluginBase, alkaid, model, hwconf, solver_options, options)
+
+
+def _tracer(base: Any, backend: Any, model: Finished | Graph, hwconf: Any, solver_options: Any, options: Mapping) -> Any:
+    """A plugin of `backend`, a module of `lower.backends`, whose package has the interface `base`."""
+    package = backend.__name__.rpartition(".")[2]
     if not isinstance(model, Finished | Graph):
-        raise LoweringError(
-            f"da4ml traces a lower.Finished(inst, view, model_state) or a lower.Graph of pquant_jax, got {type(model).__name__}"
-        )
+        got = type(model).__name__
+        raise LoweringError(f"{package} traces a lower.Finished(inst, view, model_state) or a lower.Graph, got {got}")
     if options:
         raise LoweringError(f"unknown options of trace_model: {', '.join(sorted(options))}; formats and modes are the model's")
     graph = model if isinstance(model, Graph) else trace(*model)
-    handle: Any = model  # da4ml's interface says "a callable" and calls nothing
+    handle: Any = model  # the interface says "a callable" and calls nothing
 
-    class Tracer(DAISTracerPluginBase):
-        """da4ml's interface, which is a base class."""
+    class Tracer(base):
+        """The package's interface, which is a base class."""
 
         def get_input_shapes(self) -> list[tuple[int, ...]]:
             """Of one sample, one per port."""
@@ -52,7 +73,7 @@ def tracer(model: Finished | Graph, hwconf: Any, solver_options: Any = None, **o
 
         def apply_model(self, verbose: bool, inputs: tuple[Any, ...]) -> tuple[dict[str, Any], list[str]]:
             """({site or output: its variables}, the names of the outputs in order)."""
-            made = trace_into(graph, inputs, solver_options=solver_options)
+            made = trace_into(graph, inputs, backend, solver_options=solver_options)
             if verbose:
                 print("\n".join(f"{name}: {value.shape}" for name, value in made.items()))
             return made, [f"output/{n}" for n in range(len(graph.outputs))]
@@ -60,47 +81,47 @@ def tracer(model: Finished | Graph, hwconf: Any, solver_options: Any = None, **o
     return Tracer(handle, hwconf, solver_options)
 
 
-def trace_into(graph: Graph, ports: Sequence[Any], *, solver_options: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """`graph` on da4ml's own `ports` (one FixedVariableArray per input, of its shape): {name: FixedVariableArray}.
+def trace_into(
+    graph: Graph, ports: Sequence[Any], backend: Any, *, solver_options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """`graph` on the package's own `ports` (one of its arrays per input, of its shape): {name: array}.
 
-    The keys are the quantize sites and the outputs "output/0", "output/1", ....  A port without a format gets that of
-    the graph; the values of one that has a format are put on the graph's as `inst.encode` does it, nearest and
-    saturating, which costs logic only where they don't fit.  Raises `LoweringError` as `to_comb` does, and for ports of
-    other shapes.
+    `backend` is `backends.da4ml` or `backends.alkaid`.  The keys are the quantize sites and the outputs "output/0",
+    "output/1", ....  A port without a format gets that of the graph; the values of one that has a format are put on the
+    graph's as `inst.encode` does it, nearest and saturating, which costs logic only where they don't fit.  Raises
+    `LoweringError` as `to_comb` does, and for ports of other shapes.
     """
-    from da4ml.trace import FixedVariableArray, comb_trace
+    from pquant_jax.lower.backends import _netlist as netlist
 
-    from pquant_jax.lower.backends import _netlist as netlist, da4ml
-
-    da4ml.check_supported(graph)
+    backend.check_supported(graph)
     graph = remove_dead(graph)
-    known = da4ml.check_supported(graph)
+    known = backend.check_supported(graph)
     shapes, wanted = [tuple(p.shape) for p in ports], [graph.nodes[j].shape for j in graph.inputs]
     if shapes != wanted:
         raise LoweringError(f"the model has input ports of shape {wanted}, got {shapes}; give one array per port, without batch")
-    circuit = netlist.Circuit(ports[0].hwconf, solver_options)
-    with da4ml.exact_da4ml("tracing"):
-        entered = {j: _enter(graph.nodes[j], p) for j, p in zip(graph.inputs, ports, strict=True)}
+    circuit = backend.circuit(ports[0].hwconf, solver_options)
+    package = circuit.package
+    with backend.exact("tracing"):
+        entered = {j: _enter(graph.nodes[j], p, package) for j, p in zip(graph.inputs, ports, strict=True)}
         values = netlist.variables(graph, known, circuit, entered)
         named = {node.name: v for node, v in zip(graph.nodes, values, strict=True) if node.op == "quantize" and node.name}
         named |= {f"output/{n}": values[j] for n, j in enumerate(graph.outputs)}
         made = {n: np.array([netlist.variable(v, circuit) for v in a.ravel()], object).reshape(a.shape) for n, a in named.items()}
         outputs = [v for n in range(len(graph.outputs)) for v in made[f"output/{n}"].ravel()]
-        da4ml.check_constants_kept(comb_trace([v for p in ports for v in p._vars.ravel()], outputs))
-    return {name: FixedVariableArray(v, circuit.solver_options, hwconf=circuit.hwconf) for name, v in made.items()}
+        backend.trace_exactly([v for p in ports for v in package.scalars(p).ravel()], outputs)
+    return {name: package.array(v, circuit.solver_options, hwconf=circuit.hwconf) for name, v in made.items()}
 
 
-def _enter(node: Node, port: Any) -> np.ndarray:
-    """The values of a da4ml array in the format of the input `node`."""
-    from da4ml.trace import FixedVariableArrayInput
-
+def _enter(node: Node, port: Any, package: Any) -> np.ndarray:
+    """The values of an array of the package in the format of the input `node`."""
     from pquant_jax.lower.backends import _netlist as netlist
 
     k, i, f = (np.broadcast_to(np.asarray(node.attrs[a], np.int64), node.shape) for a in "kif")
-    if isinstance(port, FixedVariableArrayInput):
-        return netlist.objects(port.quantize(k, i, f)._vars.ravel().tolist(), node.shape)
-    low, high, step = (np.array([float(getattr(v, a)) for v in port._vars.ravel()]) for a in ("low", "high", "step"))
+    scalars = package.scalars(port)
+    if isinstance(port, package.unformatted):
+        return netlist.objects(package.scalars(port.quantize(k, i, f)).ravel().tolist(), node.shape)
+    low, high, step = (np.array([float(getattr(v, a)) for v in scalars.ravel()]) for a in ("low", "high", "step"))
     fraction = np.where(low == high, 0, -np.log2(step)).astype(np.int64)
     known = Interval(*(v.reshape(node.shape) for v in (low, high, fraction)))
     attrs = {"k": k, "i": i, "f": f, "rounding": "RND", "overflow": "SAT"}
-    return netlist.quantize_array(Node("quantize", (0,), node.shape, attrs), port._vars, known)
+    return netlist.quantize_array(Node("quantize", (0,), node.shape, attrs), scalars, known)

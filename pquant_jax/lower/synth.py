@@ -57,7 +57,7 @@ def synth(rtl: RTLInfo, *, work: str | Path | None = None, family: str = "xcup",
         folder = Path(work).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         files = _copy_sources(rtl, folder)
-        (folder / "run.ys").write_text("\n".join(_script(rtl.name, files, family)) + "\n")
+        (folder / "run.ys").write_text("\n".join(script(rtl.name, files, family)) + "\n")
         start = time.perf_counter()
         run_tool([program, "-q", "-l", "yosys.log", "run.ys"], cwd=folder, timeout=timeout)
         seconds = time.perf_counter() - start
@@ -77,7 +77,8 @@ def _copy_sources(rtl: RTLInfo, folder: Path) -> list[str]:
     return [p.name for p in sources]
 
 
-def _script(top: str, files: list[str], family: str) -> list[str]:
+def script(top: str, files: list[str], family: str = "xcup") -> list[str]:
+    """Lines of the Yosys script that maps `files` (names in the working directory) and writes stat.json."""
     flow = f"synth_xilinx -family {family} -top {top} -flatten -noiopad -noclkbuf"
     return [
         f"read_verilog -sv -defer {' '.join(files)}",  # -defer: default parameters name a table file that doesn't exist

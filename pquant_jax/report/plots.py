@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pquant_jax.report._bits import bit_widths, kernel_bits, out_of_range, ranges
+from pquant_jax.report._cost import cutoff_sweep, layer_cost
 from pquant_jax.report._curves import confusion, history, regression, roc, roc_curve
 from pquant_jax.report._patterns import pattern_histogram, pattern_kernels
 from pquant_jax.report._robust import FlipCurve, bit_map, flip_rates
@@ -17,9 +18,11 @@ __all__ = [
     "bit_map",
     "bit_widths",
     "confusion",
+    "cutoff_sweep",
     "flip_rates",
     "history",
     "kernel_bits",
+    "layer_cost",
     "out_of_range",
     "pattern_histogram",
     "pattern_kernels",

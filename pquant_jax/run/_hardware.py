@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import jax
 import numpy as np
 
 from pquant_jax._base import Tree, View
 from pquant_jax.graph import Instrumented
-from pquant_jax.lower import Graph, emulate, ir, remove_dead, trace, verify as compare
+from pquant_jax.lower import Graph, emulate, ir, remove_dead, trace, vectors_of, verify as compare
 from pquant_jax.lower.dead import channels
+from pquant_jax.run._exports import export
 from pquant_jax.run._figures import CHUNK, score
 from pquant_jax.run._files import read_json, write_json
 from pquant_jax.run._log import Log, phase
 from pquant_jax.run._prepare import Prepared
+
+TESTBENCH: Final = 500  # vectors of the test set in a written project, and as many random ones
 
 
 def lower_model(prepared: Prepared, view: View, model_state: Tree, folder: Path, log: Log, summary: dict[str, Any]) -> None:
@@ -39,11 +42,15 @@ def lower_model(prepared: Prepared, view: View, model_state: Tree, folder: Path,
         remarks.append(f"{len(graph.nodes)} nodes, emulated test {metric.name} {value:.4f}")
         remarks.append(f"{summary['channels']['dead']} of {total} channels dead, which the netlist leaves out")
     with phase(log, "netlist") as remarks:
-        comb, rtls = write_netlists(prepared, graph, folder)
+        experiment = prepared.experiment
+        inputs = vectors_of(graph, prepared.inst, prepared.dataset.test.x, experiment.hardware.vectors, experiment.seed)
+        comb, rtls = write_netlists(prepared, graph, inputs, folder)
         summary["cost"] |= {"da4ml": rtls["rtl_comb"].cost}
         summary["cost"] |= {"latency_cycles": rtls["rtl_pipelined"].latency_cycles, "ii": rtls["rtl_pipelined"].ii}
         remarks.append(f"da4ml cost {rtls['rtl_comb'].cost:,.0f}, latency {rtls['rtl_pipelined'].latency_cycles} cycles")
     prove(prepared, graph, view, model_state, comb, rtls, log, summary)
+    export(prepared, graph, inputs, folder, log, summary)
+    write_netlists(prepared, graph, inputs, folder, {key: summary[key] for key in ("mismatches", "vectors")})
     if "synthesis" not in summary["skipped"]:
         from pquant_jax.lower import synth
 
@@ -60,32 +67,38 @@ def emulated(graph: Graph, inst: Instrumented, x: Tree) -> list[np.ndarray]:
     return [np.concatenate(values) for values in zip(*parts, strict=True)]
 
 
-def write_netlists(prepared: Prepared, graph: Graph, folder: Path) -> tuple[Any, dict[str, Any]]:
-    """(da4ml's netlist, {"rtl_comb", "rtl_pipelined": RTLInfo}); rtl/ has both and, if asked for, VHDL."""
+def write_netlists(
+    prepared: Prepared, graph: Graph, inputs: Sequence[np.ndarray], folder: Path, proof: Mapping[str, Any] | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """(da4ml's netlist, {"rtl_comb", "rtl_pipelined": RTLInfo}); rtl/comb and rtl/pipelined are whole projects.
+
+    inputs: what their testbenches feed, arrays (N, *shape).  proof: what `verify` found, which their READMEs quote.
+    """
     from pquant_jax.lower.backends import da4ml
+    from pquant_jax.lower.project import write_project
 
     hardware, name = prepared.experiment.hardware, top_module(prepared.experiment.name)
     comb = da4ml.to_comb(graph)
-    cutoffs = {"comb": -1.0, "pipelined": hardware.latency_cutoff}
     infos = {}
-    for kind, cutoff in cutoffs.items():
-        where = folder / "rtl" / kind
-        infos[f"rtl_{kind}"] = da4ml.write_rtl(comb, where, name=name, latency_cutoff=cutoff, overwrite=True)
-        if hardware.vhdl:
-            da4ml.write_rtl(
-                comb, folder / "rtl" / f"{kind}_vhdl", name=name, flavor="vhdl", latency_cutoff=cutoff, overwrite=True
-            )
+    some = [np.concatenate([v[:TESTBENCH], v[-TESTBENCH:]]) for v in inputs]
+    for kind, cutoff in {"comb": -1.0, "pipelined": hardware.latency_cutoff}.items():
+        made = write_project(
+            graph, comb, folder / "rtl" / kind, name=name, flavors=("verilog", "vhdl") if hardware.vhdl else ("verilog",),
+            latency_cutoff=cutoff, part=hardware.part, clock_period=hardware.clock_period, overwrite=True,
+            vectors=some, origin={"run": prepared.experiment.name, **(proof or {})},
+        )  # fmt: skip
+        infos[f"rtl_{kind}"] = made.rtl["verilog"]
     write_json(folder / "rtl" / "info.json", {key: _info_json(info, folder) for key, info in infos.items()})
     return comb, infos
 
 
 def top_module(name: str) -> str:
-    """The run's name as a Verilog identifier.
+    """The run's name as an identifier of Verilog and VHDL.
 
-    >>> top_module("jets-hgq.v2")
+    >>> top_module("jets-hgq..v2_")
     'pq_jets_hgq_v2'
     """
-    return "pq_" + re.sub(r"[^A-Za-z0-9]", "_", name)
+    return "pq_" + re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")
 
 
 def _info_json(info: Any, folder: Path) -> dict[str, Any]:

@@ -20,23 +20,26 @@ def fuzz(benchmark_module) -> ModuleType:
     return benchmark_module("fuzz_graphs")
 
 
-def test_thirty_graphs(fuzz):
+@pytest.mark.parametrize("backend", ["da4ml", "alkaid"])
+def test_thirty_graphs(fuzz, backend):
     told = []
-    counts = fuzz.run(30, 1, report=told.append)
-    assert counts["mismatches"] == {"da4ml": 0, "passes": 0, "rtl": 0} and counts["failed"] == counts["refused"] == told == []
+    counts = fuzz.run(30, 1, backend=backend, report=told.append)
+    assert counts["mismatches"] == {backend: 0, "passes": 0, "rtl": 0} and counts["failed"] == counts["refused"] == told == []
     assert counts["holds"] and counts["outputs"] > 10_000 and counts["overflow"] > 0.2
 
 
 @pytest.mark.slow
-def test_three_hundred_graphs(fuzz):
-    counts = fuzz.run(300, 2)
+@pytest.mark.parametrize("backend", ["da4ml", "alkaid"])
+def test_three_hundred_graphs(fuzz, backend):
+    counts = fuzz.run(300, 2, backend=backend)
     assert counts["holds"] and min(counts["pairs"].values()) >= 3 and min(counts["ops"].values()) >= 10
 
 
 @pytest.mark.slow
 @needs_simulator
-def test_a_few_in_verilator(fuzz):
-    counts = fuzz.run(3, 3, rtl=3)
+@pytest.mark.parametrize("backend", ["da4ml", "alkaid"])
+def test_a_few_in_verilator(fuzz, backend):
+    counts = fuzz.run(3, 3, rtl=3, backend=backend)
     assert counts["holds"] and counts["simulated"] == 3
 
 

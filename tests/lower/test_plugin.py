@@ -1,4 +1,4 @@
-"""da4ml's own `trace_model` finds our plugin by its entry point and gives the netlist that the emulator predicts."""
+"""The packages' own `trace_model` find our plugins by their entry points and give the netlists that the emulator predicts."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from pathlib import Path
 import flax.linen as nn
 import numpy as np
 import pytest
+from alkaid import converter as alkaid_converter
+from alkaid.trace import FVArray, trace as alkaid_trace
 from da4ml.converter import trace_model
 from da4ml.trace import FixedVariableArray, HWConfig, comb_trace
 
 import pquant_jax as pq
 from pquant_jax import lower
-from pquant_jax.lower.backends import da4ml
+from pquant_jax.lower.backends import alkaid, da4ml
 from pquant_jax.lower.emulate import emulate, flatten_batch, port_grid
 
 PORT = pq.InputSpec(1, 2, 3)
@@ -54,6 +56,9 @@ def installed(tmp_path, monkeypatch):
     (folder / "entry_points.txt").write_text("\n".join(lines))
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     importlib.invalidate_caches()
+    alkaid_converter.get_available_plugins.cache_clear()
+    yield
+    alkaid_converter.get_available_plugins.cache_clear()
 
 
 def test_the_netlist_predicts_what_the_emulator_says(model):
@@ -101,3 +106,25 @@ def test_what_it_can_not_trace_is_said(model):
     wrong = port(4, HWConfig(1, -1, -1))
     with pytest.raises(pq.LoweringError, match=r"input ports of shape \[\(5,\)\], got \[\(4,\)\]"):
         trace_model(model, inputs=wrong)
+
+
+@pytest.mark.parametrize("kif", [None, (1, 4, 6), (0, 1, 2)])
+def test_alkaid_traces_the_same_models(model, kif):
+    """Formats given are encoded in hardware; without, ports have the graph's formats."""
+    graph = lower.trace(*model)
+    options = {} if kif is None else {"inputs_kif": kif}
+    ports, outputs = alkaid_converter.trace_model(model, (1, 1, -1), **options)
+    comb = alkaid_trace(ports, outputs, optimize=False)
+    k, i, f = kif or (1, 2, 3)
+    x = np.ldexp(np.random.default_rng(3).integers(-k * 2 ** (i + f), 2 ** (i + f), (300, 5)).astype(float), -f)
+    expected = flatten_batch(emulate(graph, [model.inst.encode(x)]))
+    np.testing.assert_array_equal(alkaid.predict(comb, x), expected)
+    np.testing.assert_array_equal(alkaid.predict(alkaid.optimized(comb), x), expected)
+
+
+def test_alkaid_dumps_every_site_and_says_what_it_can_not_trace(model):
+    dump = alkaid_converter.trace_model(model, dump=True)
+    assert {"Dense_1/input", "Dense_2/input", "output/0"} <= set(dump)
+    assert all(isinstance(v, FVArray) for v in dump.values()) and dump["Dense_2/input"].size == 6
+    with pytest.raises(pq.LoweringError, match=r"alkaid traces a lower.Finished\(inst, view, model_state\).*got Instrumented"):
+        alkaid_converter.trace_model(model.inst)

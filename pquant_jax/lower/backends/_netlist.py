@@ -1,30 +1,130 @@
-"""Scalars of a `Graph` as da4ml variables, op by op; `da4ml.to_comb` makes a netlist of them."""
+"""Scalars of a `Graph` as variables of da4ml or alkaid, op by op; their `to_comb` make netlists of them.
+
+The two packages have one ancestor: their variables have the same methods, so `_scalars` serves both, and what they call
+differently is a value, `Package`.  No import of either.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from pquant_jax._errors import LoweringError
+from pquant_jax._errors import LoweringError, did_you_mean
 from pquant_jax.lower.backends import _scalars as ops
+from pquant_jax.lower.dead import remove_dead
 from pquant_jax.lower.ir import Graph, Node, label
-from pquant_jax.lower.ranges import Interval, quantize_acts
-from pquant_jax.numerics.oracle import quantize
+from pquant_jax.lower.passes import simplify
+from pquant_jax.lower.ranges import Interval, check_exact, intervals, least_f, quantize_acts
+from pquant_jax.numerics.oracle import OVERFLOWS, ROUNDINGS, quantize, significant_bits
+
+MAX_FRACTION: Final = 31  # both packages store a constant in 32 bits, and RND adds half a step
+
+
+class Package(NamedTuple):
+    """What da4ml and alkaid call differently: their classes, and an array's variables as an object array."""
+
+    name: str
+    variable: Any  # from_const(value, hwconf=)
+    array: Any  # (variables, solver_options, hwconf=) with `@` and from_kif
+    unformatted: Any  # an input array that takes the format of its first quantizer
+    scalars: Callable[[Any], np.ndarray]
 
 
 class Circuit(NamedTuple):
-    """What the scalar helpers need to build da4ml variables."""
+    """What the helpers need to build variables."""
 
+    package: Package
     hwconf: Any
     solver_options: Any
+
+
+def check_supported(graph: Graph, package: str) -> list[Interval]:
+    """Raise `LoweringError` for the first node without an exact netlist of `package`; returns the intervals of all nodes."""
+    quantizers = [index for index, node in enumerate(graph.nodes) if node.op == "quantize"]
+    for index in quantizers:
+        _check_modes(graph, index)
+    known = intervals(graph)
+    varying = [j for j, own in enumerate(known) if (own.low != own.high).any()]
+    read = {j for index in varying for j in graph.nodes[index].inputs} | set(graph.outputs)
+    for index in sorted(read):  # before check_exact: a constant with 53 bits is the cause, the product the symptom
+        _check_constants(graph, index, known[index], package)
+    check_exact(graph)
+    for index in quantizers:
+        _check_fraction(graph, index, known, package)
+    return known
+
+
+def _check_modes(graph: Graph, index: int) -> None:
+    for key, modes in (("rounding", ROUNDINGS), ("overflow", OVERFLOWS)):
+        mode = str(graph.nodes[index].attrs[key])
+        if mode not in modes:
+            raise LoweringError(
+                f"{label(graph, index)}: {key} mode {mode!r} has no netlist ({did_you_mean(mode, modes)}); "
+                f"change the {key} mode of that quantizer"
+            )
+
+
+def _check_fraction(graph: Graph, index: int, known: Sequence[Interval], package: str) -> None:
+    """The quantizer's own constants (bounds, half a step, one step of its input) must lie on the finest grid."""
+    node, own = graph.nodes[index], known[index]
+    x = known[node.inputs[0]]
+    k, i, f = (np.asarray(node.attrs[a]).astype(np.int64) for a in "kif")
+    used = f if str(node.attrs["rounding"]) in ("TRN", "RND") else np.where(quantize_acts(node, x)[0], x.f, f)
+    fraction = np.where((k + i + f > 0) & (own.low != own.high), used, 0).max(initial=0)
+    if fraction > MAX_FRACTION:
+        raise LoweringError(
+            f"{label(graph, index)}: needs {fraction} fractional bits, {package} takes {MAX_FRACTION}; use a coarser quantizer "
+            "there or, with a rounding mode other than TRN and RND, before it"
+        )
+
+
+def _check_constants(graph: Graph, index: int, own: Interval, package: str) -> None:
+    """Those that a varying node reads; what is computed from constants alone is folded and may be finer."""
+    value = np.where(own.low == own.high, own.low, 0.0)
+    f = least_f(value)
+    bits = significant_bits(value)
+    is_kernel = np.array_equal(own.low, own.high)
+    bad = (f > MAX_FRACTION) | (is_kernel & (bits > ops.MAX_CONSTANT_BITS))
+    if bad.any():
+        at = tuple(int(j) for j in np.argwhere(bad)[0])
+        raise LoweringError(
+            f"{label(graph, index)}: the constant {float(value[at])!r} at {at} has {int(bits[at])} significant and "
+            f"{int(f[at])} fractional bits, {package} takes {ops.MAX_CONSTANT_BITS} and {MAX_FRACTION}; quantize that parameter"
+        )
+
+
+def prepare(graph: Graph, check: Callable[[Graph], list[Interval]], keep_dead: bool) -> tuple[Graph, list[Interval]]:
+    """The graph that becomes a netlist, without what is dead or does nothing, and its intervals; `check` it first."""
+    known = check(graph)
+    if keep_dead:
+        return graph, known
+    graph = simplify(remove_dead(graph))
+    return graph, check(graph)  # sums of constants may be finer than each of them
+
+
+def ports_and_outputs(graph: Graph, known: Sequence[Interval], circuit: Circuit) -> tuple[list[Any], list[Any]]:
+    """The variables of all inputs and of all outputs, flattened in order: what a package's `trace` takes."""
+    values = variables(graph, known, circuit)
+    flat = ([variable(v, circuit) for j in ends for v in values[j].ravel()] for ends in (graph.inputs, graph.outputs))
+    ports, outputs = flat
+    return ports, outputs
+
+
+def flat_samples(x: np.ndarray, n_in: int) -> np.ndarray:
+    """`x` (N, ...) as float64 (N, n_in); raises `LoweringError` for another number of values."""
+    x = np.asarray(x, np.float64)
+    flat = np.ascontiguousarray(x.reshape(len(x), -1))
+    if flat.shape[1] != n_in:
+        raise LoweringError(f"the netlist has {n_in} input values per sample, got {flat.shape[1]} (array {x.shape})")
+    return flat
 
 
 def variables(
     graph: Graph, known: Sequence[Interval], circuit: Circuit, ports: Mapping[int, np.ndarray] | None = None
 ) -> list[np.ndarray]:
-    """Per node an object array of its shape that holds da4ml variables and, for constants, floats.
+    """Per node an object array of its shape that holds variables and, for constants, floats.
 
     `ports` holds the values of input nodes that are there already.
     """
@@ -75,42 +175,42 @@ def objects(items: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _port(node: Node, circuit: Circuit) -> np.ndarray:
-    from da4ml.trace import FixedVariableArray
-
     k, i, f = (np.broadcast_to(np.asarray(node.attrs[a], np.int64), node.shape) for a in "kif")
-    return FixedVariableArray.from_kif(k, i, f, hwconf=circuit.hwconf)._vars.reshape(node.shape)
+    return circuit.package.scalars(circuit.package.array.from_kif(k, i, f, hwconf=circuit.hwconf)).reshape(node.shape)
 
 
 def variable(value: Any, circuit: Circuit) -> Any:
-    """`value` as a da4ml variable, which a constant is not yet."""
-    from da4ml.trace.fixed_variable import FixedVariable
-
-    return value if not isinstance(value, float) else FixedVariable.from_const(value, hwconf=circuit.hwconf)
+    """`value` as a variable, which a constant is not yet."""
+    return value if not isinstance(value, float) else circuit.package.variable.from_const(value, hwconf=circuit.hwconf)
 
 
 def _dot(a: np.ndarray, c: np.ndarray, circuit: Circuit) -> np.ndarray:
-    """Batched product (b,m,k) x (b,k,n): constant operands go through da4ml's matrix solver, row by row."""
-    from da4ml.trace import FixedVariableArray
-
-    def plain(m: np.ndarray) -> bool:
-        return all(isinstance(v, float) for v in m.ravel())
-
-    def rows(left: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-        array = FixedVariableArray(np.ascontiguousarray(left), circuit.solver_options, hwconf=circuit.hwconf)
-        return (array @ matrix.astype(np.float64))._vars
-
+    """Batched product (b,m,k) x (b,k,n): constant operands go through the package's matrix solver, row by row."""
     out = np.empty((a.shape[0], a.shape[1], c.shape[2]), object)
     for b in range(a.shape[0]):
-        if plain(a[b]) and plain(c[b]):
-            out[b] = a[b].astype(np.float64) @ c[b].astype(np.float64)
-        elif plain(c[b]):
-            out[b] = rows(a[b], c[b])
-        elif plain(a[b]):
-            out[b] = rows(c[b].T, a[b].T).T
+        if not _varies(c[b]).any():
+            out[b] = [_row(left, c[b].astype(np.float64), circuit) for left in a[b]]
+        elif not _varies(a[b]).any():
+            out[b] = np.array([_row(left, a[b].T.astype(np.float64), circuit) for left in c[b].T], object).T
         else:
             for m, n in np.ndindex(out.shape[1:]):
                 out[b, m, n] = ops.reduce_tree(ops.add, [ops.mul(x, y) for x, y in zip(a[b, m], c[b, :, n], strict=True)])
     return out
+
+
+def _varies(values: np.ndarray) -> np.ndarray:
+    return np.array([not isinstance(v, float) for v in values.ravel()], bool).reshape(values.shape)
+
+
+def _row(left: np.ndarray, matrix: np.ndarray, circuit: Circuit) -> np.ndarray:
+    """left (k,) @ matrix (k, n); its constants are added behind the solver, which would spend adders on them."""
+    varies = _varies(left)
+    bias = left[~varies].astype(np.float64) @ matrix[~varies]
+    if not matrix[varies].any():
+        return bias.astype(object)
+    array = circuit.package.array(left[varies], circuit.solver_options, hwconf=circuit.hwconf)
+    made = circuit.package.scalars(array @ matrix[varies])
+    return objects([ops.add(ops.fold(v), b) for v, b in zip(made, bias.tolist(), strict=True)], made.shape)
 
 
 def quantize_array(node: Node, x: np.ndarray, known: Interval) -> np.ndarray:

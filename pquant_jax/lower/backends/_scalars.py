@@ -1,12 +1,14 @@
-"""Exact operators on single da4ml variables: what da4ml lacks, and what it gets wrong at the edges.
+"""Exact operators on single variables of da4ml or alkaid: what the packages lack, and what they get wrong at the edges.
 
-A scalar is a da4ml variable or, where it is constant, a Python float.  No import of da4ml: only methods of the variables.
-Three defects of da4ml 0.6.0 are avoided here, each seen as a mismatch against the emulator on random graphs:
+A scalar is a variable or, where it is constant, a Python float.  Neither package is imported: only methods of the variables.
+These defects of da4ml 0.6.0 and alkaid 0.8.2 are avoided here, each seen as a mismatch against the emulator on random graphs:
 
 * a constant variable is taken for a varying one by `abs` and as the key of a multiplexer: constants are floats;
 * a multiplexer whose first branch is constant and whose second is negated negates the wrong one: `select`;
 * its interpreter misreads the top bit of an unsigned multi-bit key, and wrapping a negative value into a wider unsigned
-  format loses the sign extension: `select`, `wrap`.
+  format loses the sign extension: `select`, `wrap`;
+* constants added one after the other become one, and factors of one value become one, of which alkaid keeps the 24 bits
+  of a float32: `add`, `mul`.
 
 Rounding modes beyond TRN and RND, and WRAP_SM (h = 2^(-f-1); e = 2^-fx with fx the grid of x):
 
@@ -29,8 +31,9 @@ from typing import Any, Final
 import numpy as np
 
 from pquant_jax.lower.ranges import least_f
-from pquant_jax.numerics.oracle import quantize
+from pquant_jax.numerics.oracle import quantize, significant_bits
 
+MAX_CONSTANT_BITS: Final = 24  # both packages' matrix solvers cast kernels to float32, alkaid every constant
 MAX_APART: Final = 12  # binary orders of magnitude between two operands
 
 
@@ -41,7 +44,7 @@ def add(a: Any, b: Any) -> Any:
     nearer to 1: constants that meet the result later are stored relative to it, and da4ml has 31 bits on either side.
     """
     if isinstance(a, float) or isinstance(b, float):
-        return b + a if isinstance(a, float) else a + b
+        return _offset(b, a) if isinstance(a, float) else _offset(a, b)
     ours, theirs = (abs(math.log2(abs(v._factor))) for v in (a, b))
     if abs(ours - theirs) <= MAX_APART:
         return a + b
@@ -50,11 +53,35 @@ def add(a: Any, b: Any) -> Any:
     return neg(neg(a) + neg(b)) if a._factor < 0 < b._factor else a + b
 
 
+def _offset(v: Any, c: float) -> Any:
+    """v + c, where two constants that don't fit one are kept apart."""
+    if not isinstance(v, float) and v.opr == "cadd":
+        parent, scale = v._from[0], float(v._factor) / float(v._from[0]._factor)
+        before = float(v.low) - min(float(parent.low) * scale, float(parent.high) * scale)
+        if _significant(before + c) > MAX_CONSTANT_BITS:
+            v = _apart(v)
+    return v + c
+
+
+def _apart(v: Any) -> Any:
+    """`v` as a value of its own, which the package does not see through: a wrap to the format that it has, which is free."""
+    return type(v)(v.low, v.high, v.step, _from=(v,), _factor=1.0, opr="wrap", hwconf=v.hwconf)
+
+
+def _significant(c: float) -> int:
+    return int(significant_bits(np.array(c)))
+
+
 def mul(a: Any, b: Any) -> Any:
     """a * b."""
-    if isinstance(a, float) and not isinstance(b, float):
+    if isinstance(a, float):
         a, b = b, a
-    return 0.0 if isinstance(b, float) and b == 0 else a * b
+    if isinstance(a, float) or not isinstance(b, float):
+        return a * b
+    if _significant(b) > MAX_CONSTANT_BITS:
+        first = float(np.float32(b))
+        return add(_apart(a) * first, mul(a, b - first))
+    return 0.0 if b == 0 else a * b
 
 
 def neg(a: Any) -> Any:
@@ -99,7 +126,7 @@ def minimum(a: Any, b: Any) -> Any:
 
 
 def fold(v: Any) -> Any:
-    """A da4ml variable that can hold one value only, as a float."""
+    """A variable that can hold one value only, as a float."""
     return float(v.low) if not isinstance(v, float) and v.low == v.high else v
 
 
@@ -125,7 +152,7 @@ def differ(a: Any, b: Any) -> Any:
 
 
 def select(cond: Any, on_false: Any, on_true: Any, bounds: tuple[float, float, float] | None = None) -> Any:
-    """`on_true` where `cond` is not 0; `bounds`: (low, high, step) if known better than da4ml sees."""
+    """`on_true` where `cond` is not 0; `bounds`: (low, high, step) if known better than the package sees."""
     if isinstance(cond, float):
         return on_true if cond else on_false
     if cond.low < 0 or cond.high > 1 or cond.step < 1:  # a multiplexer looks at the most significant bit alone

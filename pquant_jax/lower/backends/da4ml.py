@@ -15,86 +15,42 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from pquant_jax._errors import LoweringError, did_you_mean
-from pquant_jax.lower.backends._netlist import Circuit, variable, variables
-from pquant_jax.lower.dead import remove_dead
-from pquant_jax.lower.ir import Graph, label
-from pquant_jax.lower.passes import simplify
-from pquant_jax.lower.ranges import Interval, check_exact, intervals, least_f, quantize_acts
+from pquant_jax._errors import LoweringError
+from pquant_jax.lower.backends import _netlist as netlist
+from pquant_jax.lower.backends._netlist import MAX_FRACTION
+from pquant_jax.lower.ir import Graph
+from pquant_jax.lower.ranges import Interval
 from pquant_jax.lower.rtl import RTLInfo, check_names, whole_folder
-from pquant_jax.numerics.oracle import OVERFLOWS, ROUNDINGS, significant_bits
 
 if TYPE_CHECKING:
     from da4ml.types import CombLogic
 
-MAX_FRACTION: Final = 31  # da4ml looks for the grid of a constant no further than 2^-32, and RND adds half a step
-MAX_CONSTANT_BITS: Final = 24  # its matrix solver casts kernels to float32
 INTERPRETER_BITS: Final = 31
 _NARROW_OPCODES: Final = (2, 3, 6)  # relu, wrap, multiplexer: computed in 32 bits, like the ports (-1)
 # the modules that da4ml writes beside the top one
 RESERVED: Final = frozenset({"binop", "lookup_table", "multiplier", "mux", "negative", "shift_adder"})
+HWCONF: Final = (1, -1, -1)  # adders and carry chains of any width: one unit of delay
 EXACT_DIGITS: Final = 400  # da4ml computes ranges in Decimal, whose default of 28 digits rounds wide formats
 
 
 def check_supported(graph: Graph) -> list[Interval]:
     """Raise `LoweringError` for the first node that has no exact da4ml netlist; returns the intervals of all nodes."""
-    quantizers = [index for index, node in enumerate(graph.nodes) if node.op == "quantize"]
-    for index in quantizers:
-        _check_modes(graph, index)
-    known = intervals(graph)
-    varying = [j for j, own in enumerate(known) if (own.low != own.high).any()]
-    read = {j for index in varying for j in graph.nodes[index].inputs} | set(graph.outputs)
-    for index in sorted(read):  # before check_exact: a constant with 53 bits is the cause, the product the symptom
-        _check_constants(graph, index, known[index])
-    check_exact(graph)
-    for index in quantizers:
-        _check_fraction(graph, index, known)
-    return known
+    return netlist.check_supported(graph, "da4ml")
 
 
-def _check_modes(graph: Graph, index: int) -> None:
-    for key, modes in (("rounding", ROUNDINGS), ("overflow", OVERFLOWS)):
-        mode = str(graph.nodes[index].attrs[key])
-        if mode not in modes:
-            raise LoweringError(
-                f"{label(graph, index)}: {key} mode {mode!r} has no netlist ({did_you_mean(mode, modes)}); "
-                f"change the {key} mode of that quantizer"
-            )
+def circuit(hwconf: tuple[float, float, float], solver_options: Mapping[str, Any] | None) -> netlist.Circuit:
+    """What the netlist builder takes of da4ml."""
+    from da4ml.trace import FixedVariableArray, FixedVariableArrayInput
+    from da4ml.trace.fixed_variable import FixedVariable, HWConfig
 
-
-def _check_fraction(graph: Graph, index: int, known: Sequence[Interval]) -> None:
-    """The quantizer's own constants (bounds, half a step, one step of its input) must lie on da4ml's finest grid."""
-    node, own = graph.nodes[index], known[index]
-    x = known[node.inputs[0]]
-    k, i, f = (np.asarray(node.attrs[a]).astype(np.int64) for a in "kif")
-    used = f if str(node.attrs["rounding"]) in ("TRN", "RND") else np.where(quantize_acts(node, x)[0], x.f, f)
-    fraction = np.where((k + i + f > 0) & (own.low != own.high), used, 0).max(initial=0)
-    if fraction > MAX_FRACTION:
-        raise LoweringError(
-            f"{label(graph, index)}: needs {fraction} fractional bits, da4ml takes {MAX_FRACTION}; use a coarser quantizer "
-            "there or, with a rounding mode other than TRN and RND, before it"
-        )
-
-
-def _check_constants(graph: Graph, index: int, own: Interval) -> None:
-    """Those that a varying node reads; what is computed from constants alone is folded and may be finer."""
-    value = np.where(own.low == own.high, own.low, 0.0)
-    f = least_f(value)
-    bits = significant_bits(value)
-    is_kernel = np.array_equal(own.low, own.high)
-    bad = (f > MAX_FRACTION) | (is_kernel & (bits > MAX_CONSTANT_BITS))
-    if bad.any():
-        at = tuple(int(j) for j in np.argwhere(bad)[0])
-        raise LoweringError(
-            f"{label(graph, index)}: the constant {float(value[at])!r} at {at} has {int(bits[at])} significant and "
-            f"{int(f[at])} fractional bits, da4ml takes {MAX_CONSTANT_BITS} and {MAX_FRACTION}; quantize that parameter"
-        )
+    package = netlist.Package("da4ml", FixedVariable, FixedVariableArray, FixedVariableArrayInput, lambda array: array._vars)
+    return netlist.Circuit(package, HWConfig(*map(int, hwconf[:2]), latency_cutoff=hwconf[2]), solver_options)
 
 
 def to_comb(
     graph: Graph,
     *,
-    hwconf: tuple[float, float, float] = (1, -1, -1),
+    hwconf: tuple[float, float, float] = HWCONF,
     solver_options: Mapping[str, Any] | None = None,
     keep_dead: bool = False,
 ) -> CombLogic:
@@ -106,24 +62,21 @@ def to_comb(
     `hwconf` = (adder_size, carry_size, latency_cutoff) of da4ml; `solver_options` go to its matrix solver, such as
     `{"hard_dc": 2}`.  Raises `LoweringError` for what `check_supported` refuses, before any expensive work.
     """
-    known = check_supported(graph)
-    if not keep_dead:
-        graph = simplify(remove_dead(graph))
-        known = check_supported(graph)  # sums of constants may be finer than each of them
-    from da4ml.trace import comb_trace
-    from da4ml.trace.fixed_variable import HWConfig
+    graph, known = netlist.prepare(graph, check_supported, keep_dead)
+    with exact("tracing"):
+        return trace_exactly(*netlist.ports_and_outputs(graph, known, circuit(hwconf, solver_options)))
 
-    circuit = Circuit(HWConfig(*map(int, hwconf[:2]), latency_cutoff=hwconf[2]), solver_options)
-    with exact_da4ml("tracing"):
-        values = variables(graph, known, circuit)
-        ports = [v for j in graph.inputs for v in values[j].ravel()]
-        outputs = [variable(v, circuit) for j in graph.outputs for v in values[j].ravel()]
-        comb = comb_trace([variable(v, circuit) for v in ports], outputs)
-    check_constants_kept(comb)
+
+def trace_exactly(ports: Sequence[Any], outputs: Sequence[Any]) -> CombLogic:
+    """The netlist from the variables `ports` to `outputs`; raises `LoweringError` where da4ml would lose bits."""
+    from da4ml.trace import comb_trace
+
+    comb = comb_trace(ports, outputs)
+    _check_constants(comb)
     return comb
 
 
-def check_constants_kept(comb: CombLogic) -> None:
+def _check_constants(comb: CombLogic) -> None:
     """Constants are stored relative to the power of two that their neighbour carries, and may lose bits on either side."""
     rounded = [op.qint.min for op in comb.ops if op.opcode == 5 and op.data * op.qint.step != op.qint.min]
     if rounded:
@@ -153,7 +106,7 @@ def _check_alignment(comb: CombLogic) -> None:
 
 
 @contextmanager
-def exact_da4ml(doing: str) -> Iterator[None]:
+def exact(doing: str) -> Iterator[None]:
     """da4ml signals every limit with an assertion: say which one it is."""
     try:
         with decimal.localcontext() as context:
@@ -175,10 +128,7 @@ def predict(comb: CombLogic, x: np.ndarray) -> np.ndarray:
     Inputs pass the ports: TRN to their grid, then WRAP.  Raises `LoweringError` for a wrong number of values, and for
     netlists with ports, quantizers or multiplexers over 31 bits: the interpreter loses their sign, though the RTL is right.
     """
-    x = np.asarray(x, np.float64)
-    flat = np.ascontiguousarray(x.reshape(len(x), -1))
-    if flat.shape[1] != comb.shape[0]:
-        raise LoweringError(f"the netlist has {comb.shape[0]} input values per sample, got {flat.shape[1]} (array {x.shape})")
+    flat = netlist.flat_samples(x, comb.shape[0])
     narrow = [op.qint for op in comb.ops if op.opcode == -1 or abs(op.opcode) in _NARROW_OPCODES]
     width = int(_kifs(narrow).sum(0).max(initial=0))
     if width > INTERPRETER_BITS:
@@ -186,7 +136,21 @@ def predict(comb: CombLogic, x: np.ndarray) -> np.ndarray:
             f"da4ml's interpreter handles {INTERPRETER_BITS} bits per value, this netlist has {width}; compare it in RTL "
             "(`sim.simulate`), or narrow the quantizers: beyond 24 bits the float32 forward isn't exact either"
         )
-    return np.asarray(comb.predict(flat, n_threads=1), np.float64).reshape(len(x), comb.shape[1])
+    return np.asarray(comb.predict(flat, n_threads=1), np.float64).reshape(len(flat), comb.shape[1])
+
+
+def staged(comb: CombLogic, latency_cutoff: float) -> tuple[int, int, float]:
+    """(stages, flip-flops, estimated LUTs) of the netlist with registers at that cutoff, in adder delays; II = 1."""
+    from da4ml.trace.pipeline import to_pipeline
+
+    with exact("pipelining"):
+        pipe = to_pipeline(comb, latency_cutoff, verbose=False)
+    return len(pipe.solutions), int(pipe.reg_bits), float(pipe.cost)
+
+
+def longest(comb: CombLogic) -> float:
+    """The longest path in adder delays: a cutoff from which one stage holds everything."""
+    return float(max(comb.latency))
 
 
 def write_rtl(
@@ -206,7 +170,7 @@ def write_rtl(
     without `overwrite`, and limits of da4ml.
     """
     check_names(name, flavor, RESERVED)
-    with whole_folder(directory, overwrite=overwrite) as partial, exact_da4ml("writing RTL"):
+    with whole_folder(directory, overwrite=overwrite) as partial, exact("writing RTL"):
         from da4ml.codegen import RTLModel
         from da4ml.trace.pipeline import to_pipeline
 

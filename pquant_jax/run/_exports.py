@@ -1,0 +1,75 @@
+"""The other doors of a run: an hls4ml project and ONNX files, each compared with the emulator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pquant_jax._errors import VerifyError
+from pquant_jax.config import Hls
+from pquant_jax.lower import Graph
+from pquant_jax.lower.emulate import emulate, flatten_batch
+from pquant_jax.run._log import Log, phase
+from pquant_jax.run._prepare import Prepared
+
+ENGINES = {"qonnx": "qonnx", "onnx": "onnxruntime", "qdq": "onnxruntime"}
+
+
+def export(
+    prepared: Prepared, graph: Graph, inputs: Sequence[np.ndarray], folder: Path, log: Log, summary: dict[str, Any]
+) -> None:
+    """hls/ and model.KIND.onnx, as `hardware.hls` and `hardware.onnx` ask; mismatches go into `summary`.
+
+    inputs: arrays (N, *shape), one per port, on which everything is compared.
+    Raises: LoweringError for what a format can't say, ToolError, VerifyError where an export computes something else.
+    """
+    hardware = prepared.experiment.hardware
+    if hardware.hls is None and not hardware.onnx:
+        return
+    expected = flatten_batch(emulate(graph, inputs))
+    if hardware.hls is not None:
+        with phase(log, "hls4ml") as remarks:
+            remarks.append(_hls(prepared, hardware.hls, graph, inputs, expected, folder / "hls", summary))
+    for kind in hardware.onnx:
+        from pquant_jax.lower.backends import onnx
+
+        with phase(log, kind) as remarks:
+            path = folder / f"model.{kind}.onnx"
+            model = getattr(onnx, f"to_{kind}")(graph, path, name=prepared.experiment.name)
+            found = onnx.execute(model, list(inputs), engine=ENGINES[kind])
+            summary["mismatches"][kind] = _same(f"{path.name} in {ENGINES[kind]}", found, expected)
+            remarks.append(f"{path}, {len(model.graph.node)} nodes, 0 of {len(expected):,} vectors differ in {ENGINES[kind]}")
+
+
+def _hls(
+    prepared: Prepared, asked: Hls, graph: Graph, inputs: Sequence[np.ndarray], expected: np.ndarray, folder: Path, summary: Any
+) -> str:
+    from pquant_jax.lower.backends import hls4ml
+
+    hardware = prepared.experiment.hardware
+    model = hls4ml.to_hls(
+        graph, folder, project_name="model", backend=asked.backend, io_type=asked.io_type, strategy=asked.strategy,
+        reuse_factor=asked.reuse_factor, layers=asked.layers, part=hardware.part, clock_period=hardware.clock_period,
+    )  # fmt: skip
+    what = f"{folder}, {asked.backend} {asked.io_type}, {len(model.layers)} layers"
+    if not asked.simulate:
+        hls4ml.write(model, overwrite=True)
+        return f"{what}, not simulated"
+    model = hls4ml.compile(model, overwrite=True)
+    summary["mismatches"]["hls4ml"] = _same("the C simulation of hls4ml", hls4ml.predict(model, list(inputs)), expected)
+    return f"{what}, 0 of {len(expected):,} vectors differ in its C simulation"
+
+
+def _same(name: str, found: np.ndarray, expected: np.ndarray) -> int:
+    """0, or VerifyError with the first difference."""
+    wrong = np.argwhere(found != expected)
+    if len(wrong):
+        n, element = (int(v) for v in wrong[0])
+        raise VerifyError(
+            f"{name} differs from the emulator in {len(wrong)} of {expected.size} values; first at vector {n}, output "
+            f"{element}: {found[n, element]!r}, the emulator has {expected[n, element]!r}"
+        )
+    return 0
