@@ -20,7 +20,7 @@ LAYERS = [  # packages of one line never import each other; the first line is on
     ("prune", "quantize", "constrain", "graph"),
     ("nn", "zoo", "data"),
     ("lower", "train"),
-    ("search", "report", "trees", "robust"),
+    ("search", "report", "robust", "trees"),
     ("config",),
     ("run",),
     ("cli",),

@@ -34,9 +34,8 @@ def flip_rates(curves: Sequence[FlipCurve], *, clean: float, metric: str = "accu
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         axes.axhline(clean, color=style.MUTED, lw=1, ls=(0, (4, 3)))
-        axes.annotate(
-            "no flips", (0, clean), (4, 3), xycoords=("axes fraction", "data"), textcoords="offset points", color=style.MUTED
-        )
+        place: Any = dict(xycoords=("axes fraction", "data"), textcoords="offset points", ha="right")
+        axes.annotate("no flips", (1, clean), (-4, 3), color=style.MUTED, **place)
         for n, curve in enumerate(curves):
             _draw_curve(axes, curve, style.CYCLE[n % len(style.CYCLE)])
         axes.set_xscale("log")
