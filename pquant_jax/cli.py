@@ -35,7 +35,13 @@ run.  A finished run is left as it is.
 LOWER: Final = """
 Lower a trained run again: graph.npz, rtl/, the proof, the cell count, summary.json and report.html are replaced.
 
-  pquant-jax lower runs/jets_hgq --set hardware.latency_cutoff=3 --set hardware.hls=Vitis
+  pquant-jax lower runs/jets_hgq --set hardware.clock_period=2.5
+  pquant-jax lower runs/jets_hgq --backend alkaid --hls Vitis --onnx qonnx
+  pquant-jax lower runs/jets_hgq --weights registers --tmr 10
+
+rtl/comb and rtl/pipelined are whole projects: Verilog and VHDL, self-checking testbenches with vectors, constraints, scripts,
+metadata.json, a C header and a README.  hls/ is an hls4ml project, model.qonnx.onnx a QONNX file, rtl/registers the netlist
+with a register file around it (regmap.json, weights.hex).  Each is compared with the emulator, integer by integer.
 """
 VERIFY: Final = """
 Compare the JAX forward, the emulator, da4ml's netlist and the written Verilog of a lowered run once more, integer by
@@ -140,6 +146,14 @@ def _parser() -> argparse.ArgumentParser:
     for command in (resume, lower, verify):
         _add_quiet(command)
     _add_set(lower, "another value of a key of hardware (repeatable)")
+    lower.add_argument("--backend", choices=["da4ml", "alkaid"], help="what turns the graph into logic")
+    lower.add_argument(
+        "--weights", choices=["constants", "ports", "registers"],
+        help="fixed in the logic; inputs of the netlist; or a register file, written over a bus",
+    )  # fmt: skip
+    lower.add_argument("--tmr", metavar="N", help="percent of the register file's bits to triplicate, the most sensitive ones")
+    lower.add_argument("--hls", metavar="BACKEND", help="write and simulate an hls4ml project too: Vitis, Vivado ...")
+    lower.add_argument("--onnx", nargs="+", metavar="KIND", help="write qonnx, onnx or qdq files too")
     verify.add_argument("--vectors", type=_positive, help="inputs to compare; default the run's")
     verify.add_argument("--seed", type=int, help="of the random ones; default the run's")
     predict.add_argument("data", metavar="DATA.npz", help="input data")
@@ -203,7 +217,9 @@ def _resume(arguments: Any) -> None:
 def _lower(arguments: Any) -> None:
     from pquant_jax.run import lower
 
-    lower(arguments.run, arguments.overrides, quiet=arguments.quiet)
+    asked = {key: getattr(arguments, key) for key in ("backend", "weights", "tmr", "hls", "onnx")}
+    flags = [f"hardware.{key}={json.dumps(value).replace('%', '')}" for key, value in asked.items() if value is not None]
+    lower(arguments.run, [*arguments.overrides, *flags], quiet=arguments.quiet)
 
 
 def _verify(arguments: Any) -> None:

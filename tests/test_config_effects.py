@@ -18,7 +18,7 @@ import pquant_jax as pq
 from pquant_jax import _tree, config
 from pquant_jax.config import _methods, _quantizers
 from pquant_jax.config._load import TAGS, _sections, _tag
-from pquant_jax.lower import Graph
+from pquant_jax.lower import Graph, Node
 from pquant_jax.lower.rtl import RTLInfo
 from pquant_jax.run import _hardware, _training, skips
 from pquant_jax.run._files import new_folder
@@ -173,16 +173,19 @@ def _skipped(experiment, prepared, **_):
 def _rtl(experiment, prepared, *, monkeypatch, tmp_path):
     """What is asked of the written project and of `verify`."""
     from pquant_jax.lower import project
-    from pquant_jax.lower.backends import da4ml
+    from pquant_jax.lower.backends import alkaid, da4ml
 
     calls: list[Any] = []
     info = RTLInfo("m", tmp_path, tmp_path, "verilog", 0, 0, 1, 0, 0.0, 0.0, np.zeros((3, 1)), np.zeros((3, 1)))
 
-    def write_project(graph, comb, where, *, vectors, **options):
-        calls.append((where.name, len(vectors), sorted(options.items())))
+    def write_project(graph, comb, where, *, vectors, backend, **options):
+        calls.append((where.name, len(vectors), backend.__name__, sorted(options.items())))
         return project.ProjectInfo("m", where, {"verilog": info}, 1, {})
 
-    monkeypatch.setattr(da4ml, "to_comb", lambda graph: None)
+    for package in (da4ml, alkaid):
+        monkeypatch.setattr(package, "to_comb", lambda graph: None)
+        monkeypatch.setattr(package, "longest", lambda comb: 100.0)
+        monkeypatch.setattr(package, "staged", lambda comb, cutoff: (round(100 / cutoff), 8, 1.0))
     monkeypatch.setattr(project, "write_project", write_project)
     monkeypatch.setattr(
         _hardware,
@@ -191,9 +194,46 @@ def _rtl(experiment, prepared, *, monkeypatch, tmp_path):
     )
     (tmp_path / "rtl").mkdir()
     changed = prepared._replace(experiment=experiment)
-    _hardware.write_netlists(changed, None, [np.zeros((2, 3))], tmp_path)
+    graph = Graph((Node("input", (), (3,), dict(k=1, i=1, f=1)),), (0,), (0,))
+    _hardware.write_projects(changed, graph, _hardware.netlist(changed, graph), [np.zeros((2, 3))], tmp_path)
     _hardware.prove(changed, None, None, None, None, {}, make_log(quiet=True), {"skipped": {}})
     return calls
+
+
+def _registers(experiment, prepared, *, monkeypatch, tmp_path):
+    """How weights are traced, and what is asked of the register file."""
+    from pquant_jax import robust
+    from pquant_jax.lower import registers
+    from pquant_jax.lower.backends import da4ml
+
+    calls: list[Any] = []
+    monkeypatch.setattr(da4ml, "write_rtl", lambda comb, where, **k: None)
+    monkeypatch.setattr(robust, "bit_sensitivity", lambda *a, **k: SimpleNamespace(score={}))
+    monkeypatch.setattr(registers, "register_map", lambda graph, info, word: word)
+    monkeypatch.setattr(registers, "most_sensitive", lambda regs, scores, percent: percent)
+    made = RTLInfo("m", tmp_path, tmp_path, "verilog", 0, 0, 1, 0, 0.0, 0.0, np.zeros((3, 1)), np.zeros((3, 1)))
+    regs = SimpleNamespace(map=SimpleNamespace(words=1, word=8), voted=np.zeros(8), netlist=made, top="top")
+    monkeypatch.setattr(registers, "write_registers", lambda *a, word, voted, **k: calls.append((word, voted)) or regs)
+    found = _hardware.Netlist(None, SimpleNamespace(cutoff=5.0))
+    changed = prepared._replace(experiment=experiment)
+    skipped = {"skipped": {"simulation": ""}, "mismatches": {}}
+    _hardware.register_file(changed, None, found, (None, None), ([], []), tmp_path, make_log(quiet=True), skipped)
+    return calls
+
+
+def _weights(experiment, prepared, *, monkeypatch, tmp_path):
+    """How the model is traced."""
+    found: list[str] = []
+
+    def trace(*args, weights):
+        found.append(weights)
+        raise pq.LoweringError("enough")
+
+    monkeypatch.setattr(_hardware, "trace", trace)
+    with pytest.raises(pq.LoweringError, match="enough"):
+        changed = prepared._replace(experiment=experiment)
+        _hardware.lower_model(changed, None, None, tmp_path, make_log(quiet=True), {"cost": {}})
+    return found
 
 
 def _exports(experiment, prepared, *, monkeypatch, tmp_path):
@@ -453,6 +493,11 @@ EFFECTS: dict[str, tuple[Any, Any, list[str]]] = {
     **_quantizers_table(),
     "order": ("quantize_then_prune", _compression, []),
     "hardware.lower": (False, _skipped, []),
+    "hardware.backend": ("alkaid", _rtl, []),
+    "hardware.weights": ("ports", _weights, []),
+    "hardware.word": (16, _registers, ["hardware.weights=registers"]),
+    "hardware.tmr": (12.5, _registers, ["hardware.weights=registers"]),
+    "hardware.latency_ns": (400.0, _rtl, []),
     "hardware.latency_cutoff": (9, _rtl, []),
     "hardware.vhdl": (False, _rtl, []),
     "hardware.part": ("xcku115", _rtl, []),

@@ -107,7 +107,10 @@ def test_summary_has_every_key_of_a_run(summary):
     assert set(summary["accuracy"]) == {"float", "compressed", "emulated"}
     assert set(summary["ebops"]) == {"reference8", "final"}
     assert set(summary["mismatches"]) == {"emulator", "da4ml", "rtl_comb", "rtl_pipelined"}
-    assert set(summary["cost"]) == {"da4ml", "latency_cycles", "ii", "lut", "ff", "dsp", "carry"}
+    timing = {"latency_cycles", "latency_ns", "clock_ns", "ii", "reg_bits"}
+    assert set(summary["cost"]) == {"da4ml", "lut", "ff", "dsp", "carry"} | timing
+    assert summary["cost"]["latency_ns"] == 5.0 * summary["cost"]["latency_cycles"]
+    assert [row["layer"] for row in summary["layer_cost"]][-1] == "total" and len(summary["pipelines"]["da4ml"]) == 7
     assert set(summary["params"]) == {"total", "nonzero"}
     assert summary["channels"]["total"] == 4 + 5 and 0 <= summary["channels"]["dead"] <= 4
     phases = {"data", "model", "float", "train", "evaluate", "lower", "netlist", "verify", "report"}
@@ -155,7 +158,7 @@ def test_the_written_configuration_repeats_the_run(folder, tmp_path):
 
 def test_report_has_the_pictures_and_the_proof(folder):
     page = (folder / "report.html").read_text()
-    assert "bit-identical: 0 of" in page and page.count("<svg") == 7
+    assert "bit-identical: 0 of" in page and page.count("<svg") == 9
     assert "hidden:" in page, "the resolved configuration is in it"
 
 
@@ -363,6 +366,30 @@ def copy(folder, tmp_path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "tiny"))
 
 
+def test_lower_again_through_every_door(copy, summary):
+    pytest.importorskip("onnx")
+    other = ["hardware.backend=alkaid", "hardware.onnx=[qonnx, onnx]", "hardware.hls={backend: Vitis, simulate: false}"]
+    changed = run.lower(copy, other, quiet=True)
+    assert {k for k, v in changed["mismatches"].items() if v == 0} == {"emulator", "alkaid", "qonnx", "onnx"}
+    assert changed["cost"]["alkaid"] > 0 and "da4ml" not in changed["cost"]
+    assert (copy / "hls" / "firmware").is_dir() and (copy / "model.qonnx.onnx").is_file() and (copy / "model.onnx").is_file()
+    registers = [
+        "hardware.weights=registers",
+        "hardware.tmr=20",
+        "hardware.backend=da4ml",
+        "hardware.onnx=[]",
+        "hardware.hls=null",
+    ]
+    loadable = run.lower(copy, registers, quiet=True)
+    regmap = json.loads((copy / "rtl" / "registers" / "regmap.json").read_text())
+    bits = sum(row["k"] + row["i"] + row["f"] for row in regmap["weights"])
+    assert sum(len(row.get("voted", ())) for row in regmap["weights"]) == round(0.2 * bits) > 0
+    assert loadable["accuracy"] == summary["accuracy"] and loadable["mismatches"]["da4ml"] == 0
+    assert not (copy / "hls").exists() and not list(copy.glob("*.onnx")), "what belongs to another netlist is gone"
+    with pytest.raises(pq.ConfigError, match="weights: constants with hls and onnx"):
+        run.lower(copy, ["hardware.onnx=[qonnx]"], quiet=True)
+
+
 def test_lower_again_with_another_pipeline(copy, summary):
     changed = run.lower(copy, ["hardware.latency_cutoff=1", "hardware.vhdl=false"], quiet=True)
     assert changed["cost"]["latency_cycles"] > summary["cost"]["latency_cycles"]
@@ -547,8 +574,14 @@ def test_the_whole_chain_with_simulation_and_synthesis(tmp_path):
     assert made["cost"]["lut"] > 0 and made["cost"]["ff"] > 0 and made["cost"]["dsp"] == 0
     again = run.verify(tmp_path / "tiny", vectors=2000, seed=9, quiet=True)
     assert again["mismatches"] == made["mismatches"]
+    hls = run.lower(tmp_path / "tiny", ["hardware.hls=Vitis", "hardware.backend=alkaid"], quiet=True)["mismatches"]
+    assert hls == {"emulator": 0, "alkaid": 0, "rtl_comb": 0, "rtl_pipelined": 0, "hls4ml": 0}
+    registers = ["hardware.hls=null", "hardware.weights=registers", "hardware.tmr=10"]
+    loadable = run.lower(tmp_path / "tiny", registers, quiet=True)
+    assert set(loadable["mismatches"].values()) == {0} and "registers" in loadable["mismatches"]
+    assert loadable["cost"]["ff"] > made["cost"]["ff"]
 
 
 def test_versions_and_phases_are_known(summary):
     assert summary["versions"]["jax"] == jax.__version__
-    assert _run.ENGINES == tuple(summary["mismatches"])
+    assert {*_run.ENGINES, "da4ml"} == set(summary["mismatches"])

@@ -47,26 +47,31 @@ def verify(
     vectors: int = 10_000,
     seed: int = 0,
     comb: Any = None,
+    backend: Any = None,
     rtls: Mapping[str, Any] | None = None,
     programs: Mapping[str, Path] | None = None,
     work: Any = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Compare the jitted JAX forward, da4ml's netlist and the simulated RTL with the emulator on the same vectors.
+    """Compare the jitted JAX forward, the netlist and the simulated RTL with the emulator on the same vectors.
 
     Of a graph with weight ports, netlist and RTL get the weights of `view` through them: call it once per weight set, on
     the same graph, netlist and programs.
 
     Args:
       x_test: data of the test set; random vectors over the whole input port are added up to `vectors` in all.
-      comb: da4ml's netlist, or None.  rtls: {"rtl_comb": RTLInfo, "rtl_pipelined": RTLInfo} to simulate.
+      comb: the netlist, or None.  backend: the module that made it, `backends.da4ml` if None.
+      rtls: {"rtl_comb": RTLInfo, "rtl_pipelined": RTLInfo} to simulate.
       programs: {name of an RTL: what `sim.build` made of it}; others are built here.
       work: folder for the simulations' builds.  progress: is told the name of each step.
-    Returns: {"mismatches": {"emulator", "da4ml", "rtl_comb", "rtl_pipelined"}, "vectors", "outputs"}; None where not run.
-      "emulator" counts the JAX forward against it.
+    Returns: {"mismatches": {"emulator", the backend's name, "rtl_comb", "rtl_pipelined"}, "vectors", "outputs"}; None where
+      not run.  "emulator" counts the JAX forward against it.
     Raises: VerifyError at the first implementation that differs, with node, element and both integers; LoweringError
       if an accumulator exceeds what float32 (24 bits) or float64 holds exactly.
     """
+    if backend is None:
+        from pquant_jax.lower.backends import da4ml as backend
+    engine = str(backend.__name__).rpartition(".")[2]
     say = progress or (lambda name: None)
     view = with_tables(inst, view, model_state)
     f, weights = _output_f(graph), None
@@ -79,18 +84,16 @@ def verify(
     say("emulator")
     expected = flatten_batch(emulate(graph, inputs))
     codes = to_codes(expected, f)
-    counts: dict[str, int | None] = dict.fromkeys(("emulator", "da4ml", "rtl_comb", "rtl_pipelined"))
+    counts: dict[str, int | None] = dict.fromkeys(("emulator", engine, "rtl_comb", "rtl_pipelined"))
     say("JAX forward")
     counts["emulator"] = _compare(
         "the JAX forward", forward_outputs(inst, view, model_state, inputs), codes, f, graph, inputs,
         partial(_jax_nodes, inst, view, model_state),
     )  # fmt: skip
     if comb is not None:
-        from pquant_jax.lower.backends import da4ml
-
-        say("da4ml")
-        predicted = _fed(partial(da4ml.predict, comb), inputs, weights)
-        counts["da4ml"] = _compare("da4ml", predicted, codes, f, graph, inputs, _da4ml_nodes)
+        say(engine)
+        predicted = _fed(partial(backend.predict, comb), inputs, weights)
+        counts[engine] = _compare(engine, predicted, codes, f, graph, inputs, partial(_netlist_nodes, backend))
     for name, rtl in (rtls or {}).items():
         say(name)
         counts[name] = _compare(name, _simulated(name, rtl, inputs, weights, programs, work), codes, f, graph, inputs, None)
@@ -209,11 +212,9 @@ def _jax_nodes(
             yield index, "", quantize(entering, view.sites[node.name]), ours[index]
 
 
-def _da4ml_nodes(graph: Graph, one: Sequence[np.ndarray], ours: Sequence[np.ndarray]) -> Any:
-    """(node, what, da4ml's value, the emulator's) of every quantizer, from netlists that end there."""
-    from pquant_jax.lower.backends import da4ml
-
+def _netlist_nodes(backend: Any, graph: Graph, one: Sequence[np.ndarray], ours: Sequence[np.ndarray]) -> Any:
+    """(node, what, the backend's value, the emulator's) of every quantizer, from netlists that end there."""
     for index, node in enumerate(graph.nodes):
         if node.op == "quantize":
-            comb = da4ml.to_comb(graph._replace(outputs=(index,)))
-            yield index, "", da4ml.predict(comb, flatten_batch(one))[0], ours[index][0]
+            comb = backend.to_comb(graph._replace(outputs=(index,)))
+            yield index, "", backend.predict(comb, flatten_batch(one))[0], ours[index][0]

@@ -27,6 +27,9 @@ CAPTIONS: Final = {
     "upper left is better.",
     "regression": "Left: the dashed line is a perfect prediction. Right: the spread of the errors, centred on 0 if there "
     "is no bias.",
+    "layer_cost": "Estimated from da4ml's netlist, layer by layer, with cells per bit fitted to Yosys over a zoo of models.",
+    "cutoff_sweep": "The longest path between two registers, in the netlist generator's units, against latency and flip-flops at "
+    "one nanosecond a unit; stages beside the points.",
     "kernel_bits": "One cell is one weight: the darker, the wider its multiplier; pruned weights are pale orange and cost "
     "nothing.",
 }
@@ -34,6 +37,12 @@ SMALL: Final = ("confusion", "roc", "kernel_bits")  # pictures that stand side b
 ENGINES: Final = {
     "emulator": "emulator",
     "da4ml": "da4ml",
+    "alkaid": "alkaid",
+    "hls4ml": "hls4ml's C simulation",
+    "qonnx": "QONNX",
+    "onnx": "ONNX",
+    "qdq": "ONNX with QuantizeLinear",
+    "registers": "register file",
     "rtl_comb": "combinational RTL",
     "rtl_pipelined": "pipelined RTL",
 }
@@ -52,8 +61,8 @@ def write(
 
     summary: headline numbers, any of them missing or None: name; metric, the name of the metric (default "accuracy"),
         under which stand its float, compressed and emulated values; ebops.{reference8, final}; sparsity (fraction);
-        params.{total, nonzero}; bops; mismatches.{emulator, da4ml, rtl_comb, rtl_pipelined} out of `vectors`;
-        cost.{da4ml, latency_cycles, ii, lut, ff, dsp, carry}; kernels: {path: a `KernelSummary`'s fields};
+        params.{total, nonzero}; bops; mismatches.{name of a key of `ENGINES`} out of `vectors`;
+        cost.{da4ml or alkaid, latency_cycles, clock_ns, ii, lut, ff, dsp, carry}; kernels: {path: a `KernelSummary`'s fields};
         channels.{total, dead}; layers: {profile name: EBOPs or {"ebops": EBOPs}};
         seeds; versions; seconds: {phase: s}; skipped: {step: reason}.
     metrics: as for `plots.history`; here for the length of the run and the time of its stages.
@@ -119,9 +128,12 @@ def cards(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         carry = f", carry {number(cost['carry'])}" if cost.get("carry") is not None else ""
         out.append(("LUT", number(cost.get("lut")), f"FF {number(cost.get('ff'))}, DSP {number(cost.get('dsp'))}{carry}"))
     if cost.get("latency_cycles") is not None or cost.get("ii") is not None:
-        out.append(("latency", f"{number(cost.get('latency_cycles'))} cycles", f"a new input every {_cycles(cost.get('ii'))}"))
-    if cost.get("da4ml") is not None:
-        out.append(("adder cost", number(cost["da4ml"]), "da4ml's estimate, before synthesis"))
+        clock = f" of {number(cost['clock_ns'], 3)} ns" if is_number(cost.get("clock_ns")) else ""
+        cycles = f"{number(cost.get('latency_cycles'))} cycles"
+        out.append(("latency", cycles, f"{clock.strip()}{', ' * bool(clock)}a new input every {_cycles(cost.get('ii'))}"))
+    for backend in ("da4ml", "alkaid"):
+        if cost.get(backend) is not None:
+            out.append(("adder cost", number(cost[backend]), f"{backend}'s estimate, before synthesis"))
     return out
 
 

@@ -37,10 +37,10 @@ def export(
         from pquant_jax.lower.backends import onnx
 
         with phase(log, kind) as remarks:
-            path = folder / f"model.{kind}.onnx"
+            path = folder / ("model.onnx" if kind == "onnx" else f"model.{kind}.onnx")
             model = getattr(onnx, f"to_{kind}")(graph, path, name=prepared.experiment.name)
             found = onnx.execute(model, list(inputs), engine=ENGINES[kind])
-            summary["mismatches"][kind] = _same(f"{path.name} in {ENGINES[kind]}", found, expected)
+            summary["mismatches"][kind] = same(f"{path.name} in {ENGINES[kind]}", found, expected)
             remarks.append(f"{path}, {len(model.graph.node)} nodes, 0 of {len(expected):,} vectors differ in {ENGINES[kind]}")
 
 
@@ -59,12 +59,12 @@ def _hls(
         hls4ml.write(model, overwrite=True)
         return f"{what}, not simulated"
     model = hls4ml.compile(model, overwrite=True)
-    summary["mismatches"]["hls4ml"] = _same("the C simulation of hls4ml", hls4ml.predict(model, list(inputs)), expected)
+    summary["mismatches"]["hls4ml"] = same("the C simulation of hls4ml", hls4ml.predict(model, list(inputs)), expected)
     return f"{what}, 0 of {len(expected):,} vectors differ in its C simulation"
 
 
-def _same(name: str, found: np.ndarray, expected: np.ndarray) -> int:
-    """0, or VerifyError with the first difference."""
+def same(name: str, found: np.ndarray, expected: np.ndarray) -> int:
+    """0 if both are equal; VerifyError with the first difference if not."""
     wrong = np.argwhere(found != expected)
     if len(wrong):
         n, element = (int(v) for v in wrong[0])

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from pquant_jax.lower.pipeline import Pipelined
 from pquant_jax.report import html, load_profiles, plots
 from pquant_jax.run._files import open_run, read_json, read_records
 
@@ -24,7 +25,7 @@ def write_report(folder: str | Path, summary: dict[str, Any] | None = None) -> P
     profiles = load_profiles(folder / "profiles.npz") if (folder / "profiles.npz").is_file() else []
     figures: dict[str, str] = {}
     if importlib.util.find_spec("matplotlib") is not None:
-        figures = plots.standard(metrics, profiles, metric=str(found["metric"])) | _predictions(folder)
+        figures = plots.standard(metrics, profiles, metric=str(found["metric"])) | _predictions(folder) | _hardware(found)
     html.write(
         folder / "report.html",
         summary=found,
@@ -34,6 +35,17 @@ def write_report(folder: str | Path, summary: dict[str, Any] | None = None) -> P
         config_text=(folder / "config.yaml").read_text(encoding="utf-8"),
     )
     return folder / "report.html"
+
+
+def _hardware(summary: dict[str, Any]) -> dict[str, str]:
+    """Where the logic is, and what another clock would give; nothing for a run that isn't lowered."""
+    made = {}
+    if summary.get("layer_cost"):
+        made["layer_cost"] = plots.layer_cost(summary["layer_cost"])
+    if summary.get("pipelines"):
+        rows = {name: [Pipelined(**row) for row in cuts] for name, cuts in summary["pipelines"].items()}
+        made["cutoff_sweep"] = plots.cutoff_sweep(rows)
+    return made
 
 
 def _predictions(folder: Path) -> dict[str, str]:

@@ -23,8 +23,8 @@ from pquant_jax.run._signals import Stopped, stop_at_once
 from pquant_jax.run._training import fit_compressed, fit_float
 from pquant_jax.transforms import identity, state_of
 
-ENGINES: Final = ("emulator", "da4ml", "rtl_comb", "rtl_pipelined")
-COSTS: Final = ("da4ml", "latency_cycles", "ii", "lut", "ff", "dsp", "carry")
+ENGINES: Final = ("emulator", "rtl_comb", "rtl_pipelined")
+COSTS: Final = ("latency_cycles", "latency_ns", "clock_ns", "ii", "reg_bits", "lut", "ff", "dsp", "carry")
 PREPARING: Final = ("data", "model")  # phases that `lower` and `verify` repeat without being asked for them
 FAILURES: Final = {LoweringError: "lower", VerifyError: "verify", ToolError: "tools"}
 
@@ -123,9 +123,9 @@ def _empty_summary(prepared: Prepared) -> dict[str, Any]:
         "name": experiment.name,
         "metric": metric,
         metric: {"compressed": None},
-        "mismatches": dict.fromkeys(ENGINES),
+        "mismatches": dict.fromkeys((ENGINES[0], experiment.hardware.backend, *ENGINES[1:])),
         "vectors": None,
-        "cost": dict.fromkeys(COSTS),
+        "cost": dict.fromkeys((experiment.hardware.backend, *COSTS)),
         "seeds": {"run": experiment.seed},
         "skipped": skips(experiment),
         "versions": versions(),
@@ -238,8 +238,7 @@ def verify(folder: str | Path, *, vectors: int | None = None, seed: int | None =
     Raises: VerifyError at the first difference, ConfigError for a run that isn't lowered.
     """
     from pquant_jax.lower import ir
-    from pquant_jax.lower.backends import da4ml
-    from pquant_jax.run._hardware import prove, read_infos
+    from pquant_jax.run._hardware import backend_of, prove, read_infos
 
     folder, experiment = open_run(folder, "final.npz", "summary.json")
     if not (folder / "graph.npz").is_file():
@@ -253,7 +252,7 @@ def verify(folder: str | Path, *, vectors: int | None = None, seed: int | None =
         summary["seeds"]["vectors"] = other.seed
         kept = {k: v for k, v in summary["skipped"].items() if k not in ("simulation", "verify")}
         summary["skipped"] = kept | {k: v for k, v in skips(experiment).items() if k == "simulation"}
-        comb = da4ml.to_comb(graph)
+        comb = backend_of(prepared).to_comb(graph)
         prove(prepared._replace(experiment=other), graph, view, model_state, comb, read_infos(folder), log, summary)
         _finish(folder, summary, log)
     return read_json(folder / "summary.json")
