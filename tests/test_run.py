@@ -564,7 +564,7 @@ def test_outputs_are_the_same_in_every_chunk(prepared, final, monkeypatch):
 
 @pytest.mark.slow
 def test_the_whole_chain_with_simulation_and_synthesis(tmp_path):
-    missing = [c for c in run.checks() if not c.found]
+    missing = [c for c in run.checks() if not c.found and c.step in ("simulation", "synthesis")]
     assert not missing, f"install the extra rtl: {missing}"
     made = run.run(
         experiment("hardware.simulate=true", "hardware.synthesize=true", "hardware.vectors=10000"), root=tmp_path, quiet=True

@@ -11,7 +11,7 @@ from rich.console import Console
 
 import pquant_jax as pq
 from pquant_jax import config, run
-from pquant_jax.run import _files, _hardware, _log
+from pquant_jax.run import _doctor, _files, _hardware, _log
 from pquant_jax.run._figures import score
 
 
@@ -31,7 +31,27 @@ def test_missing_tools_skip_their_steps(monkeypatch, tmp_path):
         "there is nothing to simulate"
     )
     missing = {c.name for c in run.checks() if not c.found}
-    assert missing == {"verilator", "yosys"} and all(c.step for c in run.checks() if c.name in missing)
+    assert missing >= {"verilator", "yosys"} and all(c.step for c in run.checks() if c.name in missing)
+
+
+@pytest.mark.parametrize(
+    ("setting", "package"),
+    [("hardware.backend=alkaid", "alkaid"), ("hardware.onnx=[qonnx]", "qonnx"), ("hardware.onnx=[qdq]", "onnxruntime")],
+)
+def test_a_package_that_is_asked_for_and_missing_is_named_before_training(setting, package, monkeypatch, tmp_path):
+    found = _doctor.importlib.util.find_spec
+    monkeypatch.setattr(_doctor.importlib.util, "find_spec", lambda name: None if name == package else found(name))
+    with pytest.raises(pq.ToolError, match=f"asks for {package}, which is missing: `pip install {package}`"):
+        run.run(experiment(setting), root=tmp_path, quiet=True)
+    assert not list(tmp_path.iterdir())
+    _doctor.check_doors(experiment(setting, "hardware.lower=false"))
+
+
+def test_a_simulated_hls_project_needs_a_compiler(monkeypatch, tmp_path):
+    monkeypatch.setattr(_doctor.shutil, "which", lambda name: None)
+    with pytest.raises(pq.ToolError, match="simulated with g"):
+        run.run(experiment("hardware.hls=Vitis"), root=tmp_path, quiet=True)
+    _doctor.check_doors(experiment("hardware.hls={simulate: false}"))
 
 
 def test_a_second_signal_stops_at_once(capfd):

