@@ -8,7 +8,7 @@
 'chain(dst, hgq)'
 """
 
-from pquant_jax import constrain, data, graph, nn, numerics, prune, quantize, search, train, transforms, trees
+from pquant_jax import constrain, data, graph, nn, numerics, prune, quantize, robust, search, train, transforms, trees
 from pquant_jax._base import KIF, AxisRole, Event, InputSpec, Params, SiteSpec, Stage, Transform, View
 from pquant_jax._errors import (
     ConfigError,
@@ -111,6 +111,7 @@ __all__ = [
     "pnorm_decay",
     "prune",
     "quantize",
+    "robust",
     "save_final",
     "scan",
     "search",
