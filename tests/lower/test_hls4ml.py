@@ -343,3 +343,11 @@ def test_a_convolution_is_not_reused_beyond_its_inputs(tmp_path):
     assert valid == (1, 2, 3, 6)
     with pytest.raises(LoweringError, match=rf"{name}.*6 x 4.*1, 2, 3, 6$"):
         hls.to_hls(graph, tmp_path / "p", strategy="resource", reuse_factor=12)
+
+
+def test_a_port_with_a_format_per_element_is_refused(tmp_path):
+    port = Node("input", (), (2,), dict(k=np.ones(2, np.int64), i=np.array([1, 2]), f=np.zeros(2, np.int64)), "kernel")
+    graph = validate(Graph((port, Node("neg", (0,), (2,))), (0,), (1,)))
+    with pytest.raises(LoweringError, match=r"%0 input 'kernel': a port with a format per element; .* weights='constants'"):
+        hls.to_hls(graph, tmp_path / "hls")
+    assert not (tmp_path / "hls").exists()

@@ -93,6 +93,11 @@ def _strategy(name: str, where: str) -> str:
 
 def check_ports(graph: Graph) -> None:
     for index in graph.inputs:
+        if any(np.ndim(graph.nodes[index].attrs[key]) for key in "kif"):
+            raise LoweringError(
+                f"{label(graph, index)}: a port with a format per element; an HLS project takes one per port, so trace with "
+                "weights='constants'"
+            )
         k, i, f = (int(graph.nodes[index].attrs[key]) for key in "kif")
         if not 0 < k + i + f <= DOUBLE_BITS:
             raise LoweringError(
