@@ -79,6 +79,13 @@ and pictures.
 
   pquant-jax scan runs/jets_hgq --widths 6 8 10 12 --integers 2 3 4 5
 """
+ROBUST: Final = """
+What bit flips do to a trained run: every stored weight bit scored by gradient and Hessian, and the metric on the test set
+against the flip rate, in weights (as they are, and with a part of the bits protected), activations and tables.  Writes
+RUN/robust/: robust.json and pictures.
+
+  pquant-jax robust runs/jets_hgq --protect 10
+"""
 SCHEMA: Final = """
 Print the JSON schema of a configuration file: every key with its type, default and meaning.  The sections of methods are
 pruning (ap, autosparse, cs, dst, magnitude, pdp, random, wanda), constraints (MDMM on sparsity, group_sparsity, dsp_sparsity,
@@ -141,9 +148,10 @@ def _parser() -> argparse.ArgumentParser:
     report = _command(commands, "report", "draw the report of a run again", REPORT, _report)
     predict = _command(commands, "predict", "apply a finished run to new data", PREDICT, _predict)
     scan = _command(commands, "scan", "the uncompressed model at a grid of ap_fixed<W,I>", SCAN, _scan)
-    for command in (resume, lower, verify, report, predict, scan):
+    robust = _command(commands, "robust", "bit flips: what they do, and which bits to protect", ROBUST, _robust)
+    for command in (resume, lower, verify, report, predict, scan, robust):
         command.add_argument("run", metavar="RUN", help="run directory, e.g. runs/jets_hgq")
-    for command in (resume, lower, verify):
+    for command in (resume, lower, verify, robust):
         _add_quiet(command)
     _add_set(lower, "another value of a key of hardware (repeatable)")
     lower.add_argument("--backend", choices=["da4ml", "alkaid"], help="what turns the graph into logic")
@@ -168,6 +176,9 @@ def _parser() -> argparse.ArgumentParser:
     scan.add_argument("--widths", type=_positive, nargs="+", metavar="W", help="total widths; default 4, 6 ... 18")
     scan.add_argument("--integers", type=int, nargs="+", metavar="I", help="integer bits, sign included; default 1 to 8")
     scan.add_argument("--drop", type=float, default=0.01, help="of the metric that a good point may lose (default %(default)s)")
+    robust.add_argument("--rates", type=float, nargs="+", metavar="P", help="chances that a bit flips; default 1e-4 to 0.1")
+    robust.add_argument("--protect", type=float, default=10.0, metavar="N", help="percent of the bits (default %(default)s)")
+    robust.add_argument("--trials", type=_positive, default=32, help="draws per rate (default %(default)s)")
     _command(commands, "schema", "print the JSON schema of a configuration", SCHEMA, _schema)
     _command(commands, "doctor", "what is installed and what is missing", DOCTOR, _doctor)
     return parser
@@ -268,6 +279,17 @@ def _scan(arguments: Any) -> None:
     )
     count = len(found["widths"]) * len(found["integers"])
     print(f"{name} of float {found['baseline'][name]:.4f}; {good} within {arguments.drop:g}, of {count} in {arguments.run}/scan")
+
+
+def _robust(arguments: Any) -> None:
+    from pquant_jax.run import robust
+
+    rates = {} if arguments.rates is None else {"rates": arguments.rates}
+    found = robust(arguments.run, percent=arguments.protect, trials=arguments.trials, quiet=arguments.quiet, **rates)
+    for name, curve in found["curves"].items():
+        row = ", ".join(f"{v:.4f} at {p:g}" for p, v in zip(curve["rates"], curve["mean"], strict=True))
+        print(f"{name}: {found['metric']} {row} ({curve['clean']:.4f} without flips)")
+    print(f"{found['bits']:,} weight bits; pictures and robust.json in {arguments.run}/robust")
 
 
 def _schema(arguments: Any) -> None:

@@ -366,6 +366,19 @@ def copy(folder, tmp_path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "tiny"))
 
 
+def test_bit_flips_of_a_run(copy, capsys):
+    found = run.robust(copy, rates=[0.01, 0.3], percent=25, trials=4, quiet=True)
+    assert found == json.loads((copy / "robust" / "robust.json").read_text())
+    plain, chance, best, activations = found["curves"].values()
+    assert plain["clean"] == best["clean"] == activations["clean"] and len(plain["mean"]) == 2
+    assert best["mean"][1] >= plain["mean"][1] and plain["mean"][1] < plain["clean"]
+    scores = [row["score"] for row in found["highest"]]
+    assert scores == sorted(scores, reverse=True) and found["highest"][0]["site"].startswith("Dense_")
+    assert all((copy / "robust" / f"{name}.svg").read_text().startswith("<") for name in ("flips", "bits"))
+    with pytest.raises(pq.DataError, match="percent is 101"):
+        run.robust(copy, percent=101, quiet=True)
+
+
 def test_lower_again_through_every_door(copy, summary):
     pytest.importorskip("onnx")
     other = ["hardware.backend=alkaid", "hardware.onnx=[qonnx, onnx]", "hardware.hls={backend: Vitis, simulate: false}"]

@@ -3,6 +3,7 @@
 from pquant_jax.run._doctor import Check, checks, skips
 from pquant_jax.run._predict import predict
 from pquant_jax.run._report import write_report
+from pquant_jax.run._robust import robust
 from pquant_jax.run._run import lower, resume, run, verify
 from pquant_jax.run._scan import scan
 from pquant_jax.run._signals import Stopped
@@ -16,6 +17,7 @@ __all__ = [
     "lower",
     "predict",
     "resume",
+    "robust",
     "run",
     "scan",
     "skips",

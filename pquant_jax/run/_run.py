@@ -215,7 +215,7 @@ def lower(folder: str | Path, overrides: Sequence[str] = (), *, quiet: bool = Fa
     experiment = config.parse(experiment.model_dump(), overrides)
     log = make_log(quiet=quiet)
     with config.importing(experiment.folders), stop_at_once():
-        prepared, view, model_state = _restored(folder, experiment, log)
+        prepared, view, model_state = restored(folder, experiment, log)
         fresh = _empty_summary(prepared)
         if "lower" in fresh["skipped"]:
             raise ConfigError(f"{folder} can't be lowered: {fresh['skipped']['lower']}")
@@ -224,7 +224,7 @@ def lower(folder: str | Path, overrides: Sequence[str] = (), *, quiet: bool = Fa
         return _hardware(prepared, view, model_state, folder, log, summary)
 
 
-def _restored(folder: Path, experiment: config.Experiment, log: Log) -> tuple[Prepared, View, Tree]:
+def restored(folder: Path, experiment: config.Experiment, log: Log) -> tuple[Prepared, View, Tree]:
     """A trained run: its parts built again, and what final.npz holds."""
     started = experiment.model_copy(update={"training": experiment.training.model_copy(update={"init": None})})
     prepared = _prepared(started, log)._replace(experiment=experiment)
@@ -248,7 +248,7 @@ def verify(folder: str | Path, *, vectors: int | None = None, seed: int | None =
     other = experiment.model_copy(update={"hardware": hardware, "seed": experiment.seed if seed is None else seed})
     log = make_log(quiet=quiet)
     with config.importing(experiment.folders), stop_at_once():
-        prepared, view, model_state = _restored(folder, experiment, log)
+        prepared, view, model_state = restored(folder, experiment, log)
         summary, graph = read_json(folder / "summary.json"), ir.load(folder / "graph.npz")
         summary["seeds"]["vectors"] = other.seed
         kept = {k: v for k, v in summary["skipped"].items() if k not in ("simulation", "verify")}
