@@ -23,7 +23,7 @@ from pquant_jax.lower._onnx_ops import MOVES, OPS, PRODUCTS, convolution, interp
 from pquant_jax.lower._trace import lower_one
 from pquant_jax.lower.backends._onnx_read import Source, Step, read
 from pquant_jax.lower.ir import Graph, reached, validate
-from pquant_jax.lower.ranges import Interval, intervals
+from pquant_jax.lower.ranges import Interval, common_format, intervals
 from pquant_jax.numerics import kif, lookup, quantize, region, site
 from pquant_jax.numerics.oracle import least_f
 from pquant_jax.quantize import Format
@@ -283,12 +283,9 @@ def _format_of(step: Step) -> Format | None:
 
 
 def _holding(own: Interval) -> Format:
-    """The format that changes nothing in that interval."""
-    f = int(own.f.max(initial=0))
-    low, high = float(own.low.min(initial=0)), float(own.high.max(initial=0))
-    k = int(low < 0)
-    i = int(np.frexp(max(high + np.ldexp(0.5, -f), np.ldexp(0.5, -f) - low - np.ldexp(1.0, -f), np.ldexp(0.5, -f)))[1])
-    return Format(i=float(max(i, 1 - k - f)), f=float(f), k=k, granularity="tensor")
+    """The format that changes nothing in that interval; f is 0 at least."""
+    k, i, f = common_format(own)
+    return Format(i=float(i), f=float(max(f, 0)), k=k, granularity="tensor")
 
 
 def _sited(plan: _Plan, formats: Mapping[str, Format]) -> Sites:

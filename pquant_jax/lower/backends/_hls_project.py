@@ -185,8 +185,7 @@ def _refuse(graph: Graph, layer: Layer, settings: Mapping) -> None:
 def _emit_region(project: Project, region: _hls_regions.Region, flavor: str) -> None:
     graph, known = project.graph, project.known
     name = _hls_build.unique(project, next((a.name for a in region.layers if a.name), "netlist"), "_netlist")
-    part = _hls_regions.subgraph(graph, known, region)
-    code = _hls_regions.netlist_code(name, part, known, region, flavor)
+    code = _hls_regions.netlist_code(name, graph, known, region, flavor)
     outputs = [name] if len(region.outputs) == 1 else [f"{name}_{n}" for n in range(len(region.outputs))]
     types = [tensor_type(known[j]) for j in region.outputs]
     shapes = [_hls_build.plain(graph.nodes[j].shape) for j in region.outputs]
