@@ -13,7 +13,7 @@ import argparse
 import copy
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,15 @@ def trained(data: pq.data.Dataset) -> Any:
     return model.fit(data.train.x, data.train.y)
 
 
-def oracle_of(model: Any, made: trees.QuantizedForest) -> Callable[[np.ndarray], np.ndarray]:
-    """scikit-learn's own prediction with the numbers of the unpruned `made`; boosting adds no rate and no prior to them."""
+def rewritten(model: Any, made: trees.QuantizedForest) -> Any:
+    """scikit-learn's boosted model with the numbers of the unpruned `made` in it, without rate and prior: scores less base."""
     other = copy.deepcopy(model)
     other.learning_rate, other.init_ = 1.0, "zero"
     for start, estimator in zip(made.forest.root, other.estimators_.ravel(), strict=True):
         own = slice(start, start + estimator.tree_.node_count)
         estimator.tree_.threshold[:] = made.forest.threshold[own]
         estimator.tree_.value[:, 0, 0] = made.forest.value[own]
-    return lambda x: other.decision_function(x) + made.forest.base
+    return other
 
 
 def accuracy(made: trees.QuantizedForest, split: pq.data.Split) -> float:
@@ -83,7 +83,8 @@ def lines() -> Iterator[dict[str, Any]]:
     float_accuracy = float(np.mean(model.predict(data.test.x) == data.test.y))
     margins = float(np.abs(trees.scores(forest, data.test.x) - model.decision_function(data.test.x)).max())
     made = trees.quantize(forest, PORT, leaves=LEAF_BITS)
-    row = hardware(made, data, {"scikit-learn": oracle_of(model, made)})
+    oracle = rewritten(model, made)
+    row = hardware(made, data, {"scikit-learn": lambda x: oracle.decision_function(x) + made.forest.base})
     row |= {"float_accuracy": float_accuracy, "float_margin_error": margins}
     whole = (len(forest.root), trees.depth(forest)) == (50, 4)
     exact = not any(row["mismatches"].values()) and margins < 1e-12
