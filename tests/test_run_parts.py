@@ -10,9 +10,10 @@ import pytest
 from rich.console import Console
 
 import pquant_jax as pq
-from pquant_jax import config, run
+from pquant_jax import config, lower, run
 from pquant_jax.run import _doctor, _exports, _files, _hardware, _log
 from pquant_jax.run._figures import score
+from pquant_jax.run._prepare import prepare, prepare_data
 
 
 def experiment(*overrides: str) -> config.Experiment:
@@ -58,6 +59,26 @@ def test_what_no_hls_project_can_be_is_refused_before_training(tmp_path):
     with pytest.raises(pq.LoweringError, match="did you mean 'ReuseFactor"):
         run.run(experiment("hardware.hls={config: {LayerName: {dense_0: {Reuse: 2}}}}"), root=tmp_path, quiet=True)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_stream_of_formats_that_training_moves_apart_is_refused_before_training(tmp_path):
+    stream = "hardware.hls={io_type: io_stream}"
+    with pytest.raises(pq.LoweringError, match="a stream takes one per tensor: quantize with granularity 'tensor'"):
+        run.run(experiment(stream), root=tmp_path, quiet=True)
+    assert not list(tmp_path.iterdir())
+    whole = experiment(stream, "quantization.activations.granularity=tensor")
+    _exports.check(prepare(whole, prepare_data(whole)))
+    never = experiment(stream, "quantization={method: fixed}")  # formats per element that stay equal
+    _exports.check(prepare(never, prepare_data(never)))
+
+
+def test_weights_that_are_loaded_count_in_the_size_before_training(monkeypatch):
+    loaded = experiment("hardware.weights=registers")
+    monkeypatch.setitem(lower.trace.__kwdefaults__, "limit", 10_000)  # between 4,256 products and five times as many
+    dataset = prepare_data(loaded)
+    prepare(experiment(), dataset)
+    with pytest.raises(pq.LoweringError, match="a product of two inputs counting"):
+        prepare(loaded, dataset)
 
 
 @pytest.mark.parametrize(
