@@ -59,12 +59,14 @@ class Calibration(NamedTuple):
     left_out: dict[str, dict[str, float]]
 
 
-def layers(graph: Graph, backend: Any, *, cutoff: float = -1, keep_dead: bool = False) -> list[Layer]:
+def layers(
+    graph: Graph, backend: Any, *, cutoff: float = -1, keep_dead: bool = False, reg_bits: int | None = None
+) -> list[Layer]:
     """The netlist of `graph` by layer, in the order of the graph; a layer without hardware is left out.
 
     backend: `backends.da4ml` or `backends.alkaid`.  cutoff > 0: with the registers of stages of that many units; all of
-    them are the backend's count, their places those before the backend balances its stages.  Raises: LoweringError as
-    `to_comb` does.
+    them are the backend's count, their places those before the backend balances its stages.  reg_bits: that count where it
+    is known, which saves making the netlist (`pipeline.cut`).  Raises: LoweringError as `to_comb` does.
     """
     graph, known = netlist.prepare(graph, backend.check_supported, keep_dead)
     circuit = backend.circuit(backend.HWCONF, None)
@@ -79,8 +81,8 @@ def layers(graph: Graph, backend: Any, *, cutoff: float = -1, keep_dead: bool = 
             found.setdefault(name, []).extend(v for v in _below(own, seen).values() if v.id in live)
         registers = _registers(live.values(), [v for j in graph.outputs for v in flat[j]], cutoff)
     if registers:
-        _, reg_bits, _ = backend.staged(backend.to_comb(graph, keep_dead=True), cutoff)
-        share = reg_bits / max(sum(bits[2] for bits in registers.values()), 1)
+        known_bits = backend.staged(backend.to_comb(graph, keep_dead=True), cutoff)[1] if reg_bits is None else reg_bits
+        share = known_bits / max(sum(bits[2] for bits in registers.values()), 1)
         registers = {key: share * bits for key, bits in registers.items()}
     return [_layer(name, variables, registers) for name, variables in found.items() if variables]
 
@@ -231,14 +233,16 @@ def cells(features: Mapping[str, float], calibration: Calibration) -> dict[str, 
     return {cell: sum(w * features.get(key, 0.0) for key, w in weights.items()) for cell, weights in calibration.cells.items()}
 
 
-def table(graph: Graph, backend: Any, *, cutoff: float = -1, calibration: Calibration | None = None) -> list[dict[str, Any]]:
+def table(
+    graph: Graph, backend: Any, *, cutoff: float = -1, calibration: Calibration | None = None, reg_bits: int | None = None
+) -> list[dict[str, Any]]:
     """Rows {"layer", "lut", "ff", "carry", "dsp", "cost"}, one per layer and the total last.
 
     calibration: by default the shipped one, of da4ml netlists.  A sum over layers is less than exact where synthesis works
-    across them.  Raises as `layers` does.
+    across them.  cutoff and reg_bits as for `layers`, which says what is raised.
     """
     calibration = shipped() if calibration is None else calibration
-    parts = layers(graph, backend, cutoff=cutoff)
+    parts = layers(graph, backend, cutoff=cutoff, reg_bits=reg_bits)
     return [{"layer": part.name, **cells(part.features, calibration), "cost": part.cost} for part in [*parts, total(parts)]]
 
 

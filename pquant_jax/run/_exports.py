@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from pquant_jax._errors import VerifyError
 from pquant_jax.config import Experiment, Hls
-from pquant_jax.lower import Graph
+from pquant_jax.lower import Graph, check_outputs
 from pquant_jax.lower.backends import hls4ml
 from pquant_jax.lower.emulate import emulate, flatten_batch
 from pquant_jax.run._log import Log, phase
@@ -41,7 +40,7 @@ def export(
             path = folder / ("model.onnx" if kind == "onnx" else f"model.{kind}.onnx")
             model = getattr(onnx, f"to_{kind}")(graph, path, name=prepared.experiment.name)
             found = onnx.execute(model, list(inputs), engine=ENGINES[kind])
-            summary["mismatches"][kind] = same(f"{path.name} in {ENGINES[kind]}", found, expected)
+            summary["mismatches"][kind] = check_outputs(f"{path.name} in {ENGINES[kind]}", found, expected, graph)
             remarks.append(f"{path}, {len(model.graph.node)} nodes, 0 of {len(expected):,} vectors differ in {ENGINES[kind]}")
 
 
@@ -64,17 +63,7 @@ def _hls(
         hls4ml.write(model, overwrite=True)
         return f"{what}, not simulated"
     model = hls4ml.compile(model, overwrite=True)
-    summary["mismatches"]["hls4ml"] = same("the C simulation of hls4ml", hls4ml.predict(model, list(inputs)), expected)
+    summary["mismatches"]["hls4ml"] = check_outputs(
+        "the C simulation of hls4ml", hls4ml.predict(model, list(inputs)), expected, graph
+    )
     return f"{what}, 0 of {len(expected):,} vectors differ in its C simulation"
-
-
-def same(name: str, found: np.ndarray, expected: np.ndarray) -> int:
-    """0 if both are equal; VerifyError with the first difference if not."""
-    wrong = np.argwhere(found != expected)
-    if len(wrong):
-        n, element = (int(v) for v in wrong[0])
-        raise VerifyError(
-            f"{name} differs from the emulator in {len(wrong)} of {expected.size} values; first at vector {n}, output "
-            f"{element}: {found[n, element]!r}, the emulator has {expected[n, element]!r}"
-        )
-    return 0

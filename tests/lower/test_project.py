@@ -18,7 +18,7 @@ from pquant_jax._errors import DataError, LoweringError, ToolError, VerifyError
 from pquant_jax.lower import ir, sim, synth
 from pquant_jax.lower.backends import da4ml
 from pquant_jax.lower.emulate import emulate, flatten_batch, port_grid
-from pquant_jax.lower.project import ProjectInfo, missing_tools, run_testbench, write_project
+from pquant_jax.lower.project import ProjectInfo, missing_tools, quoted, run_testbench, write_project
 
 from .random_graphs import KINDS, MODES, const, dense, node, random_graph, table
 
@@ -55,7 +55,7 @@ def vectors(graph) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def project(graph, vectors, tmp_path_factory) -> ProjectInfo:
-    origin = {"mismatches": {"emulator": 0, "da4ml": 0, "rtl_comb": None}, "vectors": 12_000, "run": "a name"}
+    origin = {"run": "a name", "mismatches": {"emulator": 0, "da4ml": 0, "rtl_comb": None}, "vectors": 12_000}
     folder = tmp_path_factory.mktemp("written") / "project"
     comb = da4ml.to_comb(graph)
     return write_project(graph, comb, folder, name="net", latency_cutoff=2, vectors=vectors, origin=origin)
@@ -303,6 +303,26 @@ def test_readme_says_what_there_is(project, comb_project):
     assert "combinational, no clock" in text and "`clk`" not in text and "8 ns (125 MHz)" in text
 
 
+def test_what_was_found_later_is_quoted_as_if_it_had_been_known(project, graph, vectors, tmp_path):
+    """All files equal those of a project that was written with it, and nothing but the texts is written."""
+    origin = json.loads((project.directory / "metadata.json").read_text())["origin"]
+    first = {key: origin[key] for key in origin if key not in ("mismatches", "vectors")}
+    comb = da4ml.to_comb(graph)
+    made = write_project(graph, comb, tmp_path / "p", name="net", latency_cutoff=2, vectors=vectors, origin=first)
+    before = {p: p.stat().st_mtime_ns for p in made.directory.rglob("*") if p.is_file()}
+    assert "Mismatches" not in (made.directory / "README.md").read_text()
+    about = quoted(made.directory, {key: origin[key] for key in ("mismatches", "vectors")})
+    assert about == json.loads((made.directory / "metadata.json").read_text()) and about["origin"] == origin
+    after = {p: p.stat().st_mtime_ns for p in made.directory.rglob("*") if p.is_file()}
+    assert {p.name for p in after if before.get(p) != after[p]} == {"README.md", "metadata.json", "SHA256SUMS"}
+    for file in ("README.md", "metadata.json"):
+        assert (made.directory / file).read_text() == (project.directory / file).read_text()
+    sums = {line for line in (made.directory / "SHA256SUMS").read_text().splitlines() if not line.endswith(".npz")}
+    assert sums == {line for line in (project.directory / "SHA256SUMS").read_text().splitlines() if not line.endswith(".npz")}
+    with pytest.raises(LoweringError, match="no written project"):
+        quoted(tmp_path, {})
+
+
 def test_same_digest_for_the_same_graph(graph):
     from pquant_jax.lower.project._write import graph_digest
 
@@ -386,7 +406,7 @@ def test_a_program_that_takes_too_long_ends_with_its_children(tmp_path):
 @pytest.mark.skipif(bool(synth.missing_tools()) or not shutil.which("make"), reason="no Yosys or make")
 def test_make_synth_counts_as_synth_does(project, tmp_path):
     shutil.copytree(project.directory, tmp_path / "p")
-    sim.run_tool(["make", "synth", f"YOSYS={synth._yosys()}"], cwd=tmp_path / "p", timeout=600)
-    counted = synth._count(tmp_path / "p" / "reports" / "yosys.json")
+    sim.run_tool(["make", "synth", f"YOSYS={synth.find_yosys()}"], cwd=tmp_path / "p", timeout=600)
+    counted = synth.read_cells(tmp_path / "p" / "reports" / "yosys.json")
     want = synth.synth(project.rtl["verilog"])
     assert counted == {key: want[key] for key in counted} and counted["lut"] > 50 and counted["ff"] > 50
