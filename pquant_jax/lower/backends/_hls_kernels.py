@@ -71,19 +71,16 @@ def emit_conv(p: Project, layer: Layer) -> None:
     g = g._replace(size=kernel.shape[:rank], dilation=(1,) * rank)
     name = unique(p, layer.name, "")
     depthwise = groups == g.channels == kernel.shape[-1] and groups > 1 and p.strategy(name) == "latency"
-    if not depthwise:
-        kernel = _ungrouped(kernel, groups)
+    n_filt = kernel.shape[-1]
     if depthwise:
         kernel = np.swapaxes(kernel, -1, -2)  # (*size, channels, 1)
-    result, types = _sums(p, layer, kernel, bias)
-    n_filt = g.channels if depthwise else kernel.shape[-1]
-    at = dict(**_axes(g, "filt"), n_chan=g.channels, n_filt=n_filt, data_format="channels_last", precision=types)
-    at |= dict(bias_data=None if bias is None else floats(bias), output=layer.output)
-    at |= {"depthwise_data" if depthwise else "weight_data": floats(kernel)}
-    if depthwise:
-        at |= dict(depth_multiplier=1)
+        own: dict[str, Any] = dict(depthwise_data=floats(kernel), depth_multiplier=1)
     else:
-        at |= dict(products=(int(np.prod(g.size)) * g.channels, n_filt))
+        kernel = _ungrouped(kernel, groups)
+        own = dict(weight_data=floats(kernel), products=(int(np.prod(g.size)) * g.channels, n_filt))
+    result, types = _sums(p, layer, kernel, bias)
+    at = dict(**_axes(g, "filt"), n_chan=g.channels, n_filt=n_filt, data_format="channels_last", precision=types, **own)
+    at |= dict(bias_data=None if bias is None else floats(bias), output=layer.output)
     kind = f"{'Depthwise' if depthwise else ''}Conv{rank}D"
     add(p, name, kind, [channels_last(p, layer)], (*g.positions, n_filt), result, **at)
 

@@ -191,9 +191,11 @@ def _natives(layers: Sequence[Layer], known: Sequence[Interval], graph: Graph, b
 def _refuse(graph: Graph, layer: Layer, settings: Mapping) -> None:
     what = f"{label(graph, layer.output)} ({layer.op})"
     if layer.op == "quantize":
-        why = "it has a format per element, or no bits, a stream takes one per tensor: quantize with granularity 'tensor'"
-    else:
+        why = "it has a format per element, or no bits, a layer takes one per tensor there: quantize with granularity 'tensor'"
+    elif settings["io_type"] == "io_stream":
         why = "hls4ml has no such layer, and a netlist takes all elements at once"
+    else:
+        why = "hls4ml has no such layer, and the backend takes no netlist"
     raise LoweringError(
         f"{what}: not possible with backend {settings['backend']!r} and io_type {settings['io_type']!r}: {why}; or "
         "use io_parallel on Vitis or Vivado"
@@ -224,7 +226,9 @@ def _output(project: Project, node: int, place: int, stream: bool) -> str:
     if made is not None and made.kind not in ("InputLayer", "Reshape") and not taken:
         return name
     if stream:
-        raise LoweringError(f"{label(project.graph, node)}: an output that is an input, or is there twice, has no stream")
+        raise LoweringError(
+            f"{label(project.graph, node)}: an output that is an input, or is there twice, has no stream; use io_parallel"
+        )
     new = _hls_build.unique(project, f"output_{place + 1}", "")
     shape, t = project.shapes[name], project.types[name]
     code = _hls_regions.copy_code(new, int(np.prod(shape)))
