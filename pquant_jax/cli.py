@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from pquant_jax._errors import PQuantError, VerifyError
 
+HLS: Final = ("Vitis", "Vivado", "VivadoAccelerator", "Quartus", "Catapult", "oneAPI", "Libero")  # importing them is slow
 EXIT: Final = "exit codes: 0 done, 2 a mistake in the input or a missing tool (one line on stderr), 3 two implementations differ, 130 and 143 stopped by SIGINT and SIGTERM"  # noqa: E501
 
 RUN: Final = """
@@ -171,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
         help="fixed in the logic; inputs of the netlist; or a register file, written over a bus",
     )  # fmt: skip
     lower.add_argument("--tmr", metavar="N", help="percent of the register file's bits to triplicate, the most sensitive ones")
-    lower.add_argument("--hls", metavar="BACKEND", help="write and simulate an hls4ml project too: Vitis, Vivado ...")
+    lower.add_argument("--hls", choices=HLS, metavar="BACKEND", help=f"an hls4ml project too, simulated: {', '.join(HLS)}")
     lower.add_argument("--onnx", nargs="+", metavar="KIND", help="write qonnx, onnx or qdq files too")
     verify.add_argument("--vectors", type=_positive, help="inputs to compare; default the run's")
     verify.add_argument("--seed", type=int, help="of the random ones; default the run's")

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -120,6 +120,15 @@ def test_the_overview_names_every_command(capsys):
 
 def test_version(capsys):
     assert cli(capsys, "--version") == (0, f"pquant-jax {pq.__version__}\n", [])
+
+
+def test_every_backend_of_hls4ml_can_be_asked_for(capsys):
+    from pquant_jax.cli import HLS
+    from pquant_jax.lower.backends.hls4ml import BACKENDS
+
+    assert HLS == tuple(BACKENDS) == get_args(config.Hls.model_fields["backend"].annotation)
+    code, _, err = cli(capsys, "lower", "runs/x", "--hls", "Vits")
+    assert code == 2 and all(name in err[-1] for name in HLS)
 
 
 def test_no_command_and_unknown_command(capsys):

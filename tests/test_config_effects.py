@@ -196,7 +196,7 @@ def _rtl(experiment, prepared, *, monkeypatch, tmp_path):
     changed = prepared._replace(experiment=experiment)
     graph = Graph((Node("input", (), (3,), dict(k=1, i=1, f=1)),), (0,), (0,))
     _hardware.write_projects(changed, graph, _hardware.netlist(changed, graph), [np.zeros((2, 3))], tmp_path)
-    _hardware.prove(changed, None, None, None, None, {}, make_log(quiet=True), {"skipped": {}})
+    _hardware.prove(_hardware.Job(changed, None, None, tmp_path, make_log(quiet=True), {"skipped": {}}), None, None, {})
     return calls
 
 
@@ -217,7 +217,8 @@ def _registers(experiment, prepared, *, monkeypatch, tmp_path):
     found = _hardware.Netlist(None, SimpleNamespace(cutoff=5.0))
     changed = prepared._replace(experiment=experiment)
     skipped = {"skipped": {"simulation": ""}, "mismatches": {}}
-    _hardware.register_file(changed, None, found, (None, None), ([], []), tmp_path, make_log(quiet=True), skipped)
+    job = _hardware.Job(changed, None, None, tmp_path, make_log(quiet=True), skipped)
+    _hardware.register_file(job, None, found, [], [])
     return calls
 
 
@@ -232,7 +233,7 @@ def _weights(experiment, prepared, *, monkeypatch, tmp_path):
     monkeypatch.setattr(_hardware, "trace", trace)
     with pytest.raises(pq.LoweringError, match="enough"):
         changed = prepared._replace(experiment=experiment)
-        _hardware.lower_model(changed, None, None, tmp_path, make_log(quiet=True), {"cost": {}})
+        _hardware.lower_model(_hardware.Job(changed, None, None, tmp_path, make_log(quiet=True), {}))
     return found
 
 
@@ -510,6 +511,8 @@ EFFECTS: dict[str, tuple[Any, Any, list[str]]] = {
     "hardware.hls.strategy": ("resource", _exports, HLS),
     "hardware.hls.reuse_factor": (4, _exports, HLS),
     "hardware.hls.layers": ({"Dense_0": {"ReuseFactor": 2}}, _exports, HLS),
+    "hardware.hls.config": ({"Model": {"ReuseFactor": 2}}, _exports, HLS),
+    "hardware.hls.part": ("xcku115-flvb2104-2-i", _exports, HLS),
     "hardware.hls.simulate": (False, _exports, HLS),
     "hardware.onnx": (["qonnx", "qdq"], _exports, []),
 }  # fmt: skip

@@ -11,7 +11,7 @@ from rich.console import Console
 
 import pquant_jax as pq
 from pquant_jax import config, run
-from pquant_jax.run import _doctor, _files, _hardware, _log
+from pquant_jax.run import _doctor, _exports, _files, _hardware, _log
 from pquant_jax.run._figures import score
 
 
@@ -52,6 +52,22 @@ def test_a_simulated_hls_project_needs_a_compiler(monkeypatch, tmp_path):
     with pytest.raises(pq.ToolError, match="simulated with g"):
         run.run(experiment("hardware.hls=Vitis"), root=tmp_path, quiet=True)
     _doctor.check_doors(experiment("hardware.hls={simulate: false}"))
+
+
+def test_what_no_hls_project_can_be_is_refused_before_training(tmp_path):
+    with pytest.raises(pq.LoweringError, match="did you mean 'ReuseFactor"):
+        run.run(experiment("hardware.hls={config: {LayerName: {dense_0: {Reuse: 2}}}}"), root=tmp_path, quiet=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("backend", "own", "part"),
+    [("Vivado", None, "xcku115"), ("Catapult", None, "xcku115"), ("Quartus", None, None), ("Quartus", "Agilex", "Agilex"),
+     ("VivadoAccelerator", None, None), ("Vitis", "xc7z020", "xc7z020")],
+)  # fmt: skip
+def test_parts_of_xilinx_are_for_the_tools_that_take_them(backend, own, part):
+    asked = experiment("hardware.part=xcku115", f"hardware.hls.backend={backend}", f"hardware.hls.part={own or 'null'}")
+    assert _exports.hls_options(asked)["part"] == part
 
 
 def test_a_second_signal_stops_at_once(capfd):

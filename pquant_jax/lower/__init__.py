@@ -6,7 +6,7 @@ from pquant_jax.lower._estimate import Estimate, estimate
 from pquant_jax.lower._onnx_in import Imported, from_qonnx
 from pquant_jax.lower._plugin import Finished
 from pquant_jax.lower._trace import trace
-from pquant_jax.lower._verify import forward_outputs, vectors_of, verify
+from pquant_jax.lower._verify import check_outputs, forward_outputs, output_f, vectors_of, verify
 from pquant_jax.lower.canonical import canonical, difference, same
 from pquant_jax.lower.dead import remove_dead
 from pquant_jax.lower.emulate import emulate
@@ -24,6 +24,7 @@ __all__ = [
     "Node",
     "canonical",
     "check",
+    "check_outputs",
     "difference",
     "emulate",
     "estimate",
@@ -31,6 +32,7 @@ __all__ = [
     "from_qonnx",
     "lint",
     "loaded",
+    "output_f",
     "overflows",
     "prove_no_overflow",
     "remove_dead",

@@ -74,7 +74,7 @@ def verify(
     engine = str(backend.__name__).rpartition(".")[2]
     say = progress or (lambda name: None)
     view = with_tables(inst, view, model_state)
-    f, weights = _output_f(graph), None
+    f, weights = output_f(graph), None
     if weight_ports(graph):
         weights = weights_of(graph, inst, view, model_state)
         graph = loaded(graph, weights)
@@ -83,21 +83,20 @@ def verify(
     inputs = vectors_of(graph, inst, x_test, vectors, seed)
     say("emulator")
     expected = flatten_batch(emulate(graph, inputs))
-    codes = to_codes(expected, f)
+    to_codes(expected, f)  # the oracle's own outputs are integers of their format
     counts: dict[str, int | None] = dict.fromkeys(("emulator", engine, "rtl_comb", "rtl_pipelined"))
     say("JAX forward")
-    counts["emulator"] = _compare(
-        "the JAX forward", forward_outputs(inst, view, model_state, inputs), codes, f, graph, inputs,
-        partial(_jax_nodes, inst, view, model_state),
-    )  # fmt: skip
+    found = forward_outputs(inst, view, model_state, inputs)
+    named = partial(_jax_nodes, inst, view, model_state)
+    counts["emulator"] = check_outputs("the JAX forward", found, expected, graph, inputs=inputs, nodes=named)
     if comb is not None:
         say(engine)
-        predicted = _fed(partial(backend.predict, comb), inputs, weights)
-        counts[engine] = _compare(engine, predicted, codes, f, graph, inputs, partial(_netlist_nodes, backend))
+        found, named = _fed(partial(backend.predict, comb), inputs, weights), partial(_netlist_nodes, backend)
+        counts[engine] = check_outputs(engine, found, expected, graph, inputs=inputs, nodes=named)
     for name, rtl in (rtls or {}).items():
         say(name)
-        counts[name] = _compare(name, _simulated(name, rtl, inputs, weights, programs, work), codes, f, graph, inputs, None)
-    return {"mismatches": counts, "vectors": len(codes), "outputs": codes.shape[1]}
+        counts[name] = check_outputs(name, _simulated(name, rtl, inputs, weights, programs, work), expected, graph)
+    return {"mismatches": counts, "vectors": len(expected), "outputs": expected.shape[1]}
 
 
 def _fed(run: Callable, inputs: Sequence[np.ndarray], weights: Sequence[np.ndarray] | None) -> np.ndarray:
@@ -149,32 +148,51 @@ def forward_outputs(inst: Instrumented, view: View, model_state: Tree, inputs: S
     return np.concatenate(parts)
 
 
-def _output_f(graph: Graph) -> np.ndarray:
-    known = intervals(graph)
-    return np.concatenate([np.ravel(known[j].f) for j in graph.outputs]).astype(np.int64)
-
-
-def _compare(
+def check_outputs(
     name: str,
     values: np.ndarray,
-    codes: np.ndarray,
-    f: np.ndarray,
+    expected: np.ndarray,
     graph: Graph,
-    inputs: Sequence[np.ndarray],
-    nodes: Callable | None,
+    *,
+    inputs: Sequence[np.ndarray] = (),
+    nodes: Callable | None = None,
 ) -> int:
-    """0 if every integer is equal; else VerifyError with the first difference."""
-    scaled = np.ldexp(values, f)
-    wrong = scaled != codes
-    count = int(wrong.sum())
-    if count:
-        n, element = (int(v) for v in np.argwhere(wrong)[0])
-        place = _first_node(graph, inputs, n, nodes) or _output_place(graph, element)
-        raise VerifyError(
-            f"{name} differs from the emulator in {count} of {codes.size} integers; first at vector {n}, {place}: "
-            f"output {element} is {scaled[n, element]:g} * 2^{-f[element]}, the emulator has {codes[n, element]}"
-        )
-    return 0
+    """0 if the outputs `values` of the implementation `name` are the emulator's, `expected`; float64 (N, outputs) both.
+
+    nodes(graph, inputs, values of the emulator), of an implementation that can be read at its quantizers: (node, what, its
+    value, the emulator's) of each.  inputs: what was fed, arrays (N, *shape), for `nodes`.
+    Raises: VerifyError with the first vector that differs, node and element, and both as integers of the output's format.
+
+    >>> from pquant_jax.lower.ir import Node
+    >>> x = Node("input", (), (2,), dict(k=1, i=2, f=1), "x")
+    >>> graph = Graph((x, Node("neg", (0,), (2,))), (0,), (1,))
+    >>> check_outputs("mine", np.array([[0.5, 1.0]]), np.array([[0.5, 1.0]]), graph)
+    0
+    >>> try:
+    ...     check_outputs("mine", np.array([[0.5, 1.0]]), np.array([[0.5, 1.5]]), graph)
+    ... except VerifyError as error:
+    ...     print(str(error).partition("; ")[2])
+    first at vector 0, node %1 neg, element 1: output 1 is 2 * 2^-1, the emulator has 3
+    """
+    if values.shape != expected.shape:
+        raise VerifyError(f"{name} gives outputs of shape {values.shape}, the emulator {expected.shape}")
+    wrong = np.argwhere(values != expected)
+    if not len(wrong):
+        return 0
+    n, element = (int(v) for v in wrong[0])
+    f = int(output_f(graph)[element])
+    theirs, ours = (np.ldexp(float(v[n, element]), f) for v in (values, expected))
+    place = _first_node(graph, inputs, n, nodes) or _output_place(graph, element)
+    raise VerifyError(
+        f"{name} differs from the emulator in {len(wrong)} of {expected.size} integers; first at vector {n}, {place}: "
+        f"output {element} is {theirs:g} * 2^{-f}, the emulator has {ours:g}"
+    )
+
+
+def output_f(graph: Graph) -> np.ndarray:
+    """Fractional bits of every output in the order of the flattened ones, int64 (outputs,)."""
+    known = intervals(graph)
+    return np.concatenate([np.ravel(known[j].f) for j in graph.outputs]).astype(np.int64)
 
 
 def _output_place(graph: Graph, element: int) -> str:

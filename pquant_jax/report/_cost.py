@@ -80,32 +80,43 @@ def cutoff_sweep(sweeps: Mapping[str, Sequence[Cut]], *, unit: str = "units of d
     return style.render(draw, (9.2, 3.7), "Latency and registers against the latency cutoff")
 
 
-def layer_cost(rows: Sequence[Mapping[str, Any]]) -> str:
-    """SVG: estimated LUTs, flip-flops, carry chains and DSPs of every layer, in the order of the model.
+def layer_cost(rows: Sequence[Mapping[str, Any]], counted: Sequence[Mapping[str, Any]] = ()) -> str:
+    """SVG: LUTs, flip-flops, carry chains and DSPs of every layer in the order of the model, estimated and counted.
 
-    rows: of `lower.cost.table`, the total last.  Raises: DataError without a layer.
+    rows: of `lower.cost.table`.  counted: of a synthesis of every layer alone, as `lower.cost.synthesize_layers` gives them.
+    Either may be empty; the total of the whole netlist is the last row.  Raises: DataError without a layer.
     """
-    if len(rows) < 2:
-        raise DataError(f"layer_cost got {len(rows)} rows, expected a layer at least and the total, as cost.table gives them")
-    parts, total = list(rows[:-1])[::-1], rows[-1]
-    shown = [(cell, label) for cell, label in SHOWN if total.get(cell, 0) >= 0.5]
+    given = {label: table for label, table in (("estimate", rows), ("Yosys", counted)) if table}
+    if not given or min(map(len, given.values())) < 2:
+        most = max(map(len, given.values()), default=0)
+        raise DataError(f"layer_cost got {most} rows, expected a layer at least and the total, as cost.table gives them")
+    cells = {label: {str(row["layer"]): row for row in table[:-1]} for label, table in given.items()}
+    names = list(dict.fromkeys(name for table in cells.values() for name in table))[::-1]
+    totals = {label: table[-1] for label, table in given.items()}
+    shown = [(cell, label) for cell, label in SHOWN if any(total.get(cell, 0) >= 0.5 for total in totals.values())]
+    height = 0.8 / len(given)
 
     def draw(figure: Figure) -> None:
         panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
-        for index, (axes, (cell, label)) in enumerate(zip(panels, shown, strict=True)):
-            values = [part[cell] for part in parts]
-            axes.barh(range(len(parts)), values, color=style.CYCLE[index], height=0.7)
-            for place, value in enumerate(values):
-                if value >= 0.5:
-                    axes.annotate(f" {value:,.0f}", (value, place), va="center", fontsize=7.5, color=style.MUTED)
-            axes.set_title(f"{label}: {total[cell]:,.0f}")
+        for axes, (cell, label) in zip(panels, shown, strict=True):
+            for index, (kind, table) in enumerate(cells.items()):
+                values = [table.get(name, {}).get(cell, 0) for name in names]
+                places = [place + height * ((len(given) - 1) / 2 - index) for place in range(len(names))]
+                axes.barh(places, values, color=style.CYCLE[index], height=height, label=kind)
+                for place, value in zip(places, values, strict=True):
+                    if value >= 0.5:
+                        axes.annotate(f" {value:,.0f}", (value, place), va="center", fontsize=7.5, color=style.MUTED)
+            axes.set_title(f"{label}: " + " / ".join(f"{total[cell]:,.0f}" for total in totals.values()))
             axes.margins(x=0.22, y=0.01)
             axes.grid(visible=False, axis="y")
             axes.xaxis.set_major_locator(_few_ticks())
             axes.xaxis.set_major_formatter(lambda value, _: style.short_number(value))
-        panels[0].set_yticks(range(len(parts)), [style.short_name(str(part["layer"]), 30) for part in parts])
+        panels[0].set_yticks(range(len(names)), [style.short_name(name, 30) for name in names])
+        if len(given) > 1:
+            figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower right", ncols=len(given), fontsize=8)
 
-    return style.render(draw, (max(2.4 + 2.0 * len(shown), 5), 1.2 + 0.26 * len(parts)), "Estimated cells of every layer")
+    size = (max(2.4 + 2.0 * len(shown), 5), 1.2 + (0.26 if len(given) == 1 else 0.42) * len(names) + 0.3 * (len(given) > 1))
+    return style.render(draw, size, "Cells of every layer")
 
 
 def _few_ticks() -> Any:

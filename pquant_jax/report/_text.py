@@ -34,6 +34,7 @@ table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-
 th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--line); }
 th { color: var(--muted); font-weight: 600; }
 td { overflow-wrap: anywhere; }
+table + .sub { margin-top: 8px; }
 th:first-child, td:first-child { text-align: left; }
 .tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 8px 40px; align-items: start; }
 h3 { font-size: 14px; margin: 10px 0 4px; }

@@ -27,12 +27,14 @@ CAPTIONS: Final = {
     "upper left is better.",
     "regression": "Left: the dashed line is a perfect prediction. Right: the spread of the errors, centred on 0 if there "
     "is no bias.",
-    "layer_cost": "Estimated from da4ml's netlist, layer by layer, with cells per bit fitted to Yosys over a zoo of models.",
+    "layer_cost": "Estimate: from da4ml's netlist, with cells per bit fitted to Yosys over a zoo of models. Yosys: every layer "
+    "synthesized alone. Above a panel is what the whole netlist has, in the same order; usually less than the sum over layers.",
     "cutoff_sweep": "The longest path between two registers, in the netlist generator's units, against latency and flip-flops at "
     "one nanosecond a unit; stages beside the points.",
     "kernel_bits": "One cell is one weight: the darker, the wider its multiplier; pruned weights are pale orange and cost "
     "nothing.",
 }
+CELLS: Final = ("lut", "ff", "carry", "dsp")
 SMALL: Final = ("confusion", "roc", "kernel_bits")  # pictures that stand side by side
 ENGINES: Final = {
     "emulator": "emulator",
@@ -63,7 +65,8 @@ def write(
         under which stand its float, compressed and emulated values; ebops.{reference8, final}; sparsity (fraction);
         params.{total, nonzero}; bops; mismatches.{name of a key of `ENGINES`} out of `vectors`;
         cost.{da4ml or alkaid, latency_cycles, clock_ns, ii, lut, ff, dsp, carry}; kernels: {path: a `KernelSummary`'s fields};
-        channels.{total, dead}; layers: {profile name: EBOPs or {"ebops": EBOPs}};
+        channels.{total, dead}; layer_cost, layer_cells: [{"layer", lut, ff, carry, dsp}], estimated and by Yosys, the whole
+        netlist last; layers: {profile name: EBOPs or {"ebops": EBOPs}};
         seeds; versions; seconds: {phase: s}; skipped: {step: reason}.
     metrics: as for `plots.history`; here for the length of the run and the time of its stages.
     figures: {name: SVG text}; a name is a key of `CAPTIONS`, or one with ":" and a subtitle, or any other title.  The
@@ -83,6 +86,7 @@ def write(
         _figures(figures),
         _layers(profiles, summary.get("layers") or {}),
         _kernels(summary.get("kernels") or {}, summary.get("channels") or {}),
+        _cells(summary.get("layer_cost") or [], summary.get("layer_cells") or []),
         _facts(summary, metrics),
         f"<details><summary>Resolved configuration</summary><pre>{html.escape(config_text)}</pre></details>",
     )
@@ -224,6 +228,27 @@ def _kernels(kernels: Mapping[str, Mapping[str, Any]], channels: Mapping[str, An
     left_out = f"{number(channels['dead'])} of {number(channels['total'])} channels are not in the netlist" if channels else ""
     note = "Digits are those of the weights in canonical signed-digit form; a dead input or output has no weight other than 0."
     return f'<h2>Pruning</h2>{table(head, rows)}<p class="sub">{left_out}{". " * bool(left_out)}{note}</p>'
+
+
+def _cells(estimated: Sequence[Mapping[str, Any]], counted: Sequence[Mapping[str, Any]]) -> str:
+    """Cells of every layer, before and after synthesis, and of the whole netlist."""
+    if not counted:
+        return ""
+    given = {kind: rows for kind, rows in (("estimate", estimated), ("Yosys", counted)) if rows}
+    layers = [{str(row["layer"]): row for row in rows[:-1]} for rows in given.values()]
+    head = ("layer", *(f"{cell.upper()}, {kind}" for cell in CELLS for kind in given))
+
+    def line(name: str, found: Sequence[Mapping[str, Any] | None]) -> list[str]:
+        return [name, *(ABSENT if row is None else number(round(row[cell])) for cell in CELLS for row in found)]
+
+    names = dict.fromkeys(name for own in layers for name in own)
+    lines = [line(html.escape(name), [own.get(name) for own in layers]) for name in names]
+    lines.append(line("<b>whole netlist</b>", [rows[-1] for rows in given.values()]))
+    note = (
+        "Each layer is synthesized alone, with registers at its own ports: flip-flops between two layers are counted twice, and "
+        "what synthesis shares across layers is saved in the whole netlist only."
+    )
+    return f'<h2>Cells by layer</h2>{table(head, lines)}<p class="sub">{note}</p>'
 
 
 def _row(profile: Profile, cost: Any) -> tuple[str, ...]:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from pquant_jax._errors import VerifyError
-from pquant_jax.config import Hls
-from pquant_jax.lower import Graph
+from pquant_jax.config import Experiment, Hls
+from pquant_jax.lower import Graph, check_outputs
+from pquant_jax.lower.backends import hls4ml
 from pquant_jax.lower.emulate import emulate, flatten_batch
 from pquant_jax.run._log import Log, phase
 from pquant_jax.run._prepare import Prepared
@@ -40,36 +40,30 @@ def export(
             path = folder / ("model.onnx" if kind == "onnx" else f"model.{kind}.onnx")
             model = getattr(onnx, f"to_{kind}")(graph, path, name=prepared.experiment.name)
             found = onnx.execute(model, list(inputs), engine=ENGINES[kind])
-            summary["mismatches"][kind] = same(f"{path.name} in {ENGINES[kind]}", found, expected)
+            summary["mismatches"][kind] = check_outputs(f"{path.name} in {ENGINES[kind]}", found, expected, graph)
             remarks.append(f"{path}, {len(model.graph.node)} nodes, 0 of {len(expected):,} vectors differ in {ENGINES[kind]}")
+
+
+def hls_options(experiment: Experiment) -> dict[str, Any]:
+    """What `hls4ml.to_hls` is asked for; hardware.part is one of Xilinx, which means nothing to the tools of others."""
+    hardware, asked = experiment.hardware, experiment.hardware.hls
+    assert asked is not None
+    options = asked.model_dump(exclude={"simulate"}) | {"clock_period": hardware.clock_period}
+    if asked.part is None and hls4ml.BACKENDS[asked.backend].part is not None:
+        options["part"] = hardware.part
+    return options
 
 
 def _hls(
     prepared: Prepared, asked: Hls, graph: Graph, inputs: Sequence[np.ndarray], expected: np.ndarray, folder: Path, summary: Any
 ) -> str:
-    from pquant_jax.lower.backends import hls4ml
-
-    hardware = prepared.experiment.hardware
-    model = hls4ml.to_hls(
-        graph, folder, project_name="model", backend=asked.backend, io_type=asked.io_type, strategy=asked.strategy,
-        reuse_factor=asked.reuse_factor, layers=asked.layers, part=hardware.part, clock_period=hardware.clock_period,
-    )  # fmt: skip
+    model = hls4ml.to_hls(graph, folder, project_name="model", **hls_options(prepared.experiment))
     what = f"{folder}, {asked.backend} {asked.io_type}, {len(model.layers)} layers"
     if not asked.simulate:
         hls4ml.write(model, overwrite=True)
         return f"{what}, not simulated"
     model = hls4ml.compile(model, overwrite=True)
-    summary["mismatches"]["hls4ml"] = same("the C simulation of hls4ml", hls4ml.predict(model, list(inputs)), expected)
+    summary["mismatches"]["hls4ml"] = check_outputs(
+        "the C simulation of hls4ml", hls4ml.predict(model, list(inputs)), expected, graph
+    )
     return f"{what}, 0 of {len(expected):,} vectors differ in its C simulation"
-
-
-def same(name: str, found: np.ndarray, expected: np.ndarray) -> int:
-    """0 if both are equal; VerifyError with the first difference if not."""
-    wrong = np.argwhere(found != expected)
-    if len(wrong):
-        n, element = (int(v) for v in wrong[0])
-        raise VerifyError(
-            f"{name} differs from the emulator in {len(wrong)} of {expected.size} values; first at vector {n}, output "
-            f"{element}: {found[n, element]!r}, the emulator has {expected[n, element]!r}"
-        )
-    return 0

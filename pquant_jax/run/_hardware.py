@@ -13,11 +13,12 @@ from typing import Any, Final, NamedTuple
 import jax
 import numpy as np
 
-from pquant_jax import config
 from pquant_jax._base import Tree, View
+from pquant_jax._errors import VerifyError
 from pquant_jax.graph import Instrumented
 from pquant_jax.lower import (
     Graph,
+    check_outputs,
     cost,
     emulate,
     ir,
@@ -33,68 +34,61 @@ from pquant_jax.lower import (
 from pquant_jax.lower.dead import channels
 from pquant_jax.lower.emulate import flatten_batch
 from pquant_jax.lower.rtl import RTLInfo
-from pquant_jax.run._exports import export, same
+from pquant_jax.run._exports import export
 from pquant_jax.run._figures import CHUNK, score
 from pquant_jax.run._files import read_json, write_json
 from pquant_jax.run._log import Log, phase
 from pquant_jax.run._prepare import Prepared
+from pquant_jax.run._robust import sensitivity
 
 TESTBENCH: Final = 500  # vectors of the test set in a written project, and as many random ones
 SWEEP: Final = (0.4, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0)  # times the run's own latency cutoff
+CELLS: Final = ("lut", "ff", "dsp", "carry")
 LOADED: Final = 1000  # vectors that the register file is compared on, at power-up and after loading
-SENSITIVITY: Final = 4096  # samples on which the bits are ranked
 
 
-def lower_model(prepared: Prepared, view: View, model_state: Tree, folder: Path, log: Log, summary: dict[str, Any]) -> None:
-    """graph.npz, rtl/, the proof and the cell count; every figure goes into `summary` as soon as it is known.
+class Job(NamedTuple):
+    """A trained model, the directory of its run, and what is told of every step: a log, and a summary that takes the figures."""
 
-    Raises: LoweringError, VerifyError or ToolError; what was found before stays in `summary`.
+    prepared: Prepared
+    view: View
+    model_state: Tree
+    folder: Path
+    log: Log
+    summary: dict[str, Any]
+
+
+class Netlist(NamedTuple):
+    """A netlist and how its pipelined version is cut."""
+
+    comb: Any
+    cut: pipeline.Pipelined
+
+
+def lower_model(job: Job) -> None:
+    """graph.npz, rtl/, the proof and the cell count; every figure goes into the summary as soon as it is known.
+
+    Raises: LoweringError, VerifyError or ToolError; what was found before stays in the summary.
     """
-    metric, experiment, summary_cost = prepared.metric, prepared.experiment, summary["cost"]
-    hardware = experiment.hardware
-    _remove_old(folder)
-    for old in ("layer_cost", "pipelines"):
-        summary.pop(old, None)
-    with phase(log, "lower") as remarks:
-        graph = trace(prepared.inst, view, model_state, weights="constants" if hardware.weights == "constants" else "ports")
-        ir.save(graph, folder / "graph.npz")
-        weights = weights_of(graph, prepared.inst, view, model_state) if weight_ports(graph) else []
-        fixed = loaded(graph, weights) if weights else graph
-        predicted = emulated(fixed, prepared.inst, prepared.dataset.test.x)
-        shape = jax.eval_shape(lambda x: prepared.inst.forward(view, model_state, x)[0], prepared.inst.sample)
-        value = score(metric, jax.tree.unflatten(jax.tree.structure(shape), predicted), prepared.dataset.test)
-        summary.setdefault(metric.name, {})["emulated"] = value
-        total = channels(fixed)
-        summary["channels"] = {"total": total, "dead": total - channels(remove_dead(fixed))}
-        remarks.append(f"{len(graph.nodes)} nodes, emulated test {metric.name} {value:.4f}")
-        if not weights:
-            remarks.append(f"{summary['channels']['dead']} of {total} channels dead, which the netlist leaves out")
-    with phase(log, "netlist") as remarks:
-        inputs = vectors_of(fixed, prepared.inst, prepared.dataset.test.x, hardware.vectors, experiment.seed)
-        found = netlist(prepared, graph)
-        rtls = write_projects(prepared, graph, found, [*inputs, *weights], folder)
-        summary_cost |= {hardware.backend: rtls["rtl_comb"].cost, "reg_bits": found.cut.reg_bits}
-        summary_cost |= {key: getattr(found.cut, key) for key in ("latency_cycles", "latency_ns", "clock_ns", "ii")}
-        latency = f"{found.cut.latency_cycles} cycles of {found.cut.clock_ns:g} ns"
-        remarks.append(f"{hardware.backend} cost {rtls['rtl_comb'].cost:,.0f}, latency {latency}")
-    prove(prepared, graph, view, model_state, found.comb, rtls, log, summary)
+    _remove_old(job.folder)
+    for old in ("layer_cost", "layer_cells", "pipelines"):
+        job.summary.pop(old, None)
+    graph, weights = _traced(job)
+    fixed = loaded(graph, weights) if weights else graph
+    hardware = job.prepared.experiment.hardware
+    with phase(job.log, "netlist") as remarks:
+        inputs = vectors_of(fixed, job.prepared.inst, job.prepared.dataset.test.x, hardware.vectors, job.prepared.experiment.seed)
+        found = netlist(job.prepared, graph)
+        rtls = write_projects(job.prepared, graph, found, [*inputs, *weights], job.folder)
+        remarks.append(_costs(job, graph, found, rtls["rtl_comb"].cost))
+    prove(job, graph, found.comb, rtls)
     counted = rtls["rtl_pipelined"]
     if hardware.weights == "registers":
-        counted = register_file(prepared, graph, found, (view, model_state), (inputs, weights), folder, log, summary)
-    export(prepared, graph, inputs, folder, log, summary)
-    proof = {key: summary[key] for key in ("mismatches", "vectors")}
-    write_projects(prepared, graph, found, [*inputs, *weights], folder, proof)
-    if hardware.backend == "da4ml" and not weights:
-        summary["layer_cost"] = cost.table(graph, backend_of(prepared), cutoff=found.cut.cutoff)
-    cuts = [pipeline.cut(found.comb, c * found.cut.cutoff, backend_of(prepared)) for c in SWEEP]
-    summary["pipelines"] = {hardware.backend: [c._asdict() for c in cuts]}
-    if "synthesis" not in summary["skipped"]:
-        from pquant_jax.lower import synth
-
-        with phase(log, "synth") as remarks:
-            cells = synth.synth(counted)
-            summary_cost |= {key: cells[key] for key in ("lut", "ff", "dsp", "carry")}
-            remarks.append(", ".join(f"{cells[key]:,} {key.upper()}" for key in ("lut", "ff", "dsp")))
+        counted = register_file(job, graph, found, inputs, weights)
+    export(job.prepared, graph, inputs, job.folder, job.log, job.summary)
+    _quote_proof(job)
+    if "synthesis" not in job.summary["skipped"]:
+        _count_cells(job, graph, found, counted)
 
 
 def _remove_old(folder: Path) -> None:
@@ -105,18 +99,72 @@ def _remove_old(folder: Path) -> None:
         old.unlink()
 
 
+def _traced(job: Job) -> tuple[Graph, list[np.ndarray]]:
+    """The graph of the model, written, and what its weight ports take: nothing for constants."""
+    prepared, summary = job.prepared, job.summary
+    with phase(job.log, "lower") as remarks:
+        kind = "constants" if prepared.experiment.hardware.weights == "constants" else "ports"
+        graph = trace(prepared.inst, job.view, job.model_state, weights=kind)
+        ir.save(graph, job.folder / "graph.npz")
+        weights = weights_of(graph, prepared.inst, job.view, job.model_state) if weight_ports(graph) else []
+        fixed = loaded(graph, weights) if weights else graph
+        value, total = emulated_score(job, fixed), channels(fixed)
+        summary.setdefault(prepared.metric.name, {})["emulated"] = value
+        summary["channels"] = {"total": total, "dead": total - channels(remove_dead(fixed))}
+        remarks.append(f"{len(graph.nodes)} nodes, emulated test {prepared.metric.name} {value:.4f}")
+        if not weights:
+            remarks.append(f"{summary['channels']['dead']} of {total} channels dead, which the netlist leaves out")
+    return graph, weights
+
+
+def emulated_score(job: Job, graph: Graph) -> float:
+    """The metric of the emulator's outputs on the test set."""
+    prepared, test = job.prepared, job.prepared.dataset.test
+    shape = jax.eval_shape(lambda x: prepared.inst.forward(job.view, job.model_state, x)[0], prepared.inst.sample)
+    predicted = emulated(graph, prepared.inst, test.x)
+    return score(prepared.metric, jax.tree.unflatten(jax.tree.structure(shape), predicted), test)
+
+
+def _costs(job: Job, graph: Graph, found: Netlist, estimate: float) -> str:
+    """Cost and latency, cells layer by layer, and what other cuts would give, into the summary; a remark."""
+    backend, cut, summary = job.prepared.experiment.hardware.backend, found.cut, job.summary
+    summary["cost"] |= {backend: estimate, "reg_bits": cut.reg_bits}
+    summary["cost"] |= {key: getattr(cut, key) for key in ("latency_cycles", "latency_ns", "clock_ns", "ii")}
+    if backend == "da4ml" and not weight_ports(graph):
+        summary["layer_cost"] = cost.table(graph, backend_of(job.prepared), cutoff=cut.cutoff, reg_bits=cut.reg_bits)
+    cuts = [pipeline.cut(found.comb, c * cut.cutoff, backend_of(job.prepared)) for c in SWEEP]
+    summary["pipelines"] = {backend: [c._asdict() for c in cuts]}
+    return f"{backend} cost {estimate:,.0f}, latency {cut.latency_cycles} cycles of {cut.clock_ns:g} ns"
+
+
+def _quote_proof(job: Job) -> None:
+    """What was found, into README and metadata of both projects."""
+    from pquant_jax.lower.project import quoted
+
+    for kind in ("comb", "pipelined"):
+        quoted(job.folder / "rtl" / kind, {key: job.summary[key] for key in ("mismatches", "vectors")})
+
+
+def _count_cells(job: Job, graph: Graph, found: Netlist, counted: RTLInfo) -> None:
+    """Cells by Yosys, of the whole and, where weights are constants, of every layer alone."""
+    from pquant_jax.lower import synth
+
+    with phase(job.log, "synth") as remarks:
+        cells = synth.synth(counted)
+        job.summary["cost"] |= {key: cells[key] for key in CELLS}
+        remarks.append(", ".join(f"{cells[key]:,} {key.upper()}" for key in ("lut", "ff", "dsp")))
+        if not weight_ports(graph):
+            rows = cost.synthesize_layers(graph, backend_of(job.prepared), cutoff=found.cut.cutoff)
+            rows = [{key: row[key] for key in ("layer", *CELLS)} for row in [*rows, {"layer": "total", **cells}]]
+            job.summary["layer_cells"] = rows
+            remarks.append(f"{len(rows) - 1} layers counted alone too")
+
+
 def emulated(graph: Graph, inst: Instrumented, x: Tree) -> list[np.ndarray]:
     """The emulator's outputs for all samples of x, in the order of the graph's outputs."""
     ports = [np.asarray(v, np.float64) for v in jax.tree.leaves(inst.encode(x))]
     parts = [emulate(graph, [v[a : a + CHUNK] for v in ports]) for a in range(0, len(ports[0]), CHUNK)]
     return [np.concatenate(values) for values in zip(*parts, strict=True)]
-
-
-class Netlist(NamedTuple):
-    """A netlist and how its pipelined version is cut."""
-
-    comb: Any
-    cut: pipeline.Pipelined
 
 
 def backend_of(prepared: Prepared) -> Any:
@@ -141,12 +189,10 @@ def write_projects(
     found: Netlist,
     inputs: Sequence[np.ndarray],
     folder: Path,
-    proof: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """{"rtl_comb", "rtl_pipelined": RTLInfo}; rtl/comb and rtl/pipelined are whole projects.
 
     inputs: what their testbenches feed, arrays (N, *shape), and (*shape) for what is the same in every vector: weights.
-    proof: what `verify` found, which their READMEs quote.
     """
     from pquant_jax.lower.project import write_project
 
@@ -158,7 +204,7 @@ def write_projects(
             graph, found.comb, folder / "rtl" / kind, name=name, backend=backend_of(prepared),
             flavors=("verilog", "vhdl") if hardware.vhdl else ("verilog",), latency_cutoff=cutoff, part=hardware.part,
             clock_period=found.cut.clock_ns, vectors=some, overwrite=True,
-            origin={"run": prepared.experiment.name, **(proof or {})},
+            origin={"run": prepared.experiment.name},
         )  # fmt: skip
         infos[f"rtl_{kind}"] = made.rtl["verilog"]
     write_json(folder / "rtl" / "info.json", {key: _info_json(info, folder) for key, info in infos.items()})
@@ -169,50 +215,62 @@ def _testbench_vectors(x: np.ndarray, same: bool) -> np.ndarray:
     return np.broadcast_to(x, (2 * TESTBENCH, *x.shape)) if same else np.concatenate([x[:TESTBENCH], x[-TESTBENCH:]])
 
 
-def register_file(
-    prepared: Prepared,
-    graph: Graph,
-    found: Netlist,
-    trained: tuple[View, Tree],
-    vectors: tuple[Sequence[np.ndarray], Sequence[np.ndarray]],
-    folder: Path,
-    log: Log,
-    summary: dict[str, Any],
-) -> RTLInfo:
+def register_file(job: Job, graph: Graph, found: Netlist, inputs: Sequence[np.ndarray], weights: Sequence[np.ndarray]) -> RTLInfo:
     """rtl/registers: the pipelined netlist in a register file that holds the trained weights, loaded and compared.
 
-    Returns what it and the netlist are together.
-    trained: view and model state.  vectors: (inputs, the weight set).  The bits to triplicate are those whose flip changes
-    the loss on the training set most.
+    Returns what it and the netlist are together.  The bits to triplicate are those whose flip changes the loss on the
+    training set most.
     """
-    from pquant_jax import robust
     from pquant_jax.lower import registers
 
-    (inputs, weights), hardware = vectors, prepared.experiment.hardware
-    with phase(log, "registers") as remarks, tempfile.TemporaryDirectory(prefix="pquant-registers-") as work:
+    prepared, hardware = job.prepared, job.prepared.experiment.hardware
+    with phase(job.log, "registers") as remarks, tempfile.TemporaryDirectory(prefix="pquant-registers-") as work:
         info = backend_of(prepared).write_rtl(
             found.comb, Path(work) / "rtl", name=top_module(prepared.experiment.name), latency_cutoff=found.cut.cutoff
         )
         voted = None
         if hardware.tmr:
-            x, y = jax.tree.map(lambda v: v[:SENSITIVITY], (prepared.dataset.train.x, prepared.dataset.train.y))
-            scores = robust.bit_sensitivity(prepared.inst, *trained, x, y, loss=config.loss(prepared.experiment)).score
+            scores = sensitivity(prepared, job.view, job.model_state).score
             voted = registers.most_sensitive(registers.register_map(graph, info, word=hardware.word), scores, hardware.tmr)
         regs = registers.write_registers(
-            graph, info, weights, folder / "rtl" / "registers", word=hardware.word, voted=voted, overwrite=True
+            graph, info, weights, job.folder / "rtl" / "registers", word=hardware.word, voted=voted, overwrite=True
         )
         remarks.append(f"{regs.map.words:,} words of {regs.map.word} bits, {int(regs.voted.sum()):,} bits triplicated")
-        whole = regs.netlist._replace(name=regs.top)
-        if "simulation" in summary["skipped"]:
-            return whole
-        flat = flatten_batch([v[:LOADED] for v in inputs])
-        expected = flatten_batch(emulate(loaded(graph, weights), [v[:LOADED] for v in inputs]))
-        program = registers.build(regs, Path(work) / "sim")
-        load = registers.load(regs.image, flat.shape[1])
-        (awake, _, again), _ = registers.play(program, regs, [registers.vectors(flat), load, registers.vectors(flat)])
-        summary["mismatches"]["registers"] = max(same("the register file", v, expected) for v in (awake, again))
-        remarks.append(f"0 of {len(flat):,} vectors differ, at power-up and after loading")
-        return whole
+        if "simulation" not in job.summary["skipped"]:
+            count, job.summary["mismatches"]["registers"] = compare_registers(regs, graph, inputs, weights, weights, work)
+            remarks.append(f"0 of {count:,} vectors differ, at power-up and after loading")
+        return regs.netlist._replace(name=regs.top)
+
+
+def compare_registers(
+    regs: Any,
+    graph: Graph,
+    inputs: Sequence[np.ndarray],
+    held: Sequence[np.ndarray],
+    weights: Sequence[np.ndarray],
+    work: str | Path,
+) -> tuple[int, int]:
+    """(vectors, mismatches) of a simulated register file: with the set `held` it has at power-up, then with `weights` loaded.
+
+    regs: a `lower.registers.Registers`.  Raises: VerifyError where it differs from the emulator or reads back other words.
+    """
+    from pquant_jax.lower import registers
+
+    some = [v[:LOADED] for v in inputs]
+    flat, image = flatten_batch(some), registers.image(regs.map, weights)
+    load = registers.load(image, flat.shape[1])
+    read = load._replace(bus=load.bus * np.array([0, 0, 1, 0], np.uint64))  # every address, nothing written
+    parts = [registers.vectors(flat), load, registers.vectors(flat), read]
+    (awake, _, again, _), rdata = registers.play(registers.build(regs, Path(work) / "sim"), regs, parts)
+    words = rdata[-len(image) :]
+    if (wrong := np.flatnonzero(words != image)).size:
+        n = int(wrong[0])
+        raise VerifyError(f"the register file holds {words[n]:#x} in word {n} after loading {image[n]:#x}")
+    counts = []
+    for name, values, its in (("at power-up", awake, held), ("after loading", again, weights)):
+        fixed = loaded(graph, its)
+        counts.append(check_outputs(f"the register file {name}", values, flatten_batch(emulate(fixed, some)), fixed))
+    return len(flat), max(counts)
 
 
 def top_module(name: str) -> str:
@@ -230,7 +288,7 @@ def _info_json(info: Any, folder: Path) -> dict[str, Any]:
 
 
 def read_infos(folder: Path) -> dict[str, Any]:
-    """The `RTLInfo`s that `write_netlists` left in rtl/info.json."""
+    """The `RTLInfo`s that `write_projects` left in rtl/info.json."""
 
     def restored(fields: Mapping[str, Any]) -> Any:
         paths = {key: folder.absolute() / fields[key] for key in ("directory", "src")}
@@ -240,33 +298,24 @@ def read_infos(folder: Path) -> dict[str, Any]:
     return {key: restored(fields) for key, fields in read_json(folder / "rtl" / "info.json").items()}
 
 
-def prove(
-    prepared: Prepared,
-    graph: Graph,
-    view: View,
-    model_state: Tree,
-    comb: Any,
-    rtls: Mapping[str, Any],
-    log: Log,
-    summary: dict[str, Any],
-) -> None:
-    """Compare JAX, emulator, netlist and, unless it is skipped, the simulated Verilog; mismatches go into `summary`."""
-    experiment = prepared.experiment
-    with phase(log, "verify") as remarks, tempfile.TemporaryDirectory(prefix="pquant-sim-") as work:
+def prove(job: Job, graph: Graph, comb: Any, rtls: Mapping[str, Any]) -> None:
+    """Compare JAX, emulator, netlist and, unless it is skipped, the simulated Verilog; mismatches go into the summary."""
+    prepared, summary = job.prepared, job.summary
+    with phase(job.log, "verify") as remarks, tempfile.TemporaryDirectory(prefix="pquant-sim-") as work:
         found = compare(
             graph,
             prepared.inst,
-            view,
-            model_state,
+            job.view,
+            job.model_state,
             x_test=prepared.dataset.test.x,
-            vectors=experiment.hardware.vectors,
-            seed=experiment.seed,
+            vectors=prepared.experiment.hardware.vectors,
+            seed=prepared.experiment.seed,
             comb=comb,
             backend=backend_of(prepared),
             rtls={} if "simulation" in summary["skipped"] else rtls,
             work=work,  # shared, so that the simulator's own runtime is compiled once for both netlists
         )
         kept = {name: count for name, count in summary.get("mismatches", {}).items() if count is not None}
-        summary |= found | {"mismatches": kept | found["mismatches"]}
+        summary.update(found | {"mismatches": kept | found["mismatches"]})
         names = [name for name, count in found["mismatches"].items() if count is not None]
         remarks.append(f"0 of {found['vectors']:,} vectors x {found['outputs']} outputs differ ({', '.join(names)})")

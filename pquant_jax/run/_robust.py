@@ -10,14 +10,22 @@ from typing import Any, Final
 import jax
 
 from pquant_jax import config, robust as flips
+from pquant_jax._base import Tree, View
 from pquant_jax.report import plots
 from pquant_jax.run._files import open_run, read_json, write_json, write_text
 from pquant_jax.run._log import make_log, phase
+from pquant_jax.run._prepare import Prepared
 from pquant_jax.run._run import restored
 
 RATES: Final = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 SAMPLES: Final = 4096  # of the training set, on which the bits are scored
 HIGHEST: Final = 100  # bits that robust.json names
+
+
+def sensitivity(prepared: Prepared, view: View, model_state: Tree) -> flips.Sensitivity:
+    """How much a flip of each stored weight bit changes the run's loss, on the first `SAMPLES` of its training set."""
+    x, y = jax.tree.map(lambda v: v[:SAMPLES], (prepared.dataset.train.x, prepared.dataset.train.y))
+    return flips.bit_sensitivity(prepared.inst, view, model_state, x, y, loss=config.loss(prepared.experiment))
 
 
 def robust(
@@ -34,10 +42,9 @@ def robust(
     log = make_log(quiet=quiet)
     with config.importing(experiment.folders):
         prepared, view, state = restored(folder, experiment, log)
-        inst, test, train = prepared.inst, prepared.dataset.test, prepared.dataset.train
-        some = jax.tree.map(lambda v: v[:SAMPLES], (train.x, train.y))
+        inst, test = prepared.inst, prepared.dataset.test
         with phase(log, "sensitivity"):
-            found = flips.bit_sensitivity(inst, view, state, *some, loss=config.loss(experiment))
+            found = sensitivity(prepared, view, state)
         chosen = {
             "no protection": None,
             f"{percent:g} % of the bits, at random": flips.protect(flips.random_scores(found.score), percent),

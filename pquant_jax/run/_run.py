@@ -177,11 +177,11 @@ def _hardware(
     """Lower if that is wanted; write summary and report in any case, then raise what failed."""
     failure: LoweringError | VerifyError | ToolError | None = None
     if "lower" not in summary["skipped"]:
-        from pquant_jax.run._hardware import lower_model
+        from pquant_jax.run._hardware import Job, lower_model
 
         summary["seeds"]["vectors"] = prepared.experiment.seed
         try:
-            lower_model(prepared, view, model_state, folder, log, summary)
+            lower_model(Job(prepared, view, model_state, folder, log, summary))
         except tuple(FAILURES) as error:
             failure = error
             summary["skipped"][FAILURES[type(error)]] = f"failed: {error}"
@@ -239,7 +239,7 @@ def verify(folder: str | Path, *, vectors: int | None = None, seed: int | None =
     Raises: VerifyError at the first difference, ConfigError for a run that isn't lowered.
     """
     from pquant_jax.lower import ir
-    from pquant_jax.run._hardware import backend_of, prove, read_infos
+    from pquant_jax.run._hardware import Job, backend_of, prove, read_infos
 
     folder, experiment = open_run(folder, "final.npz", "summary.json")
     if not (folder / "graph.npz").is_file():
@@ -254,6 +254,7 @@ def verify(folder: str | Path, *, vectors: int | None = None, seed: int | None =
         kept = {k: v for k, v in summary["skipped"].items() if k not in ("simulation", "verify")}
         summary["skipped"] = kept | {k: v for k, v in skips(experiment).items() if k == "simulation"}
         comb = backend_of(prepared).to_comb(graph)
-        prove(prepared._replace(experiment=other), graph, view, model_state, comb, read_infos(folder), log, summary)
+        job = Job(prepared._replace(experiment=other), view, model_state, folder, log, summary)
+        prove(job, graph, comb, read_infos(folder))
         _finish(folder, summary, log)
     return read_json(folder / "summary.json")

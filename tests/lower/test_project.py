@@ -18,7 +18,7 @@ from pquant_jax._errors import DataError, LoweringError, ToolError, VerifyError
 from pquant_jax.lower import ir, sim, synth
 from pquant_jax.lower.backends import da4ml
 from pquant_jax.lower.emulate import emulate, flatten_batch, port_grid
-from pquant_jax.lower.project import ProjectInfo, missing_tools, run_testbench, write_project
+from pquant_jax.lower.project import ProjectInfo, missing_tools, quoted, run_testbench, write_project
 
 from .random_graphs import KINDS, MODES, const, dense, node, random_graph, table
 
@@ -55,7 +55,7 @@ def vectors(graph) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def project(graph, vectors, tmp_path_factory) -> ProjectInfo:
-    origin = {"mismatches": {"emulator": 0, "da4ml": 0, "rtl_comb": None}, "vectors": 12_000, "run": "a name"}
+    origin = {"run": "a name", "mismatches": {"emulator": 0, "da4ml": 0, "rtl_comb": None}, "vectors": 12_000}
     folder = tmp_path_factory.mktemp("written") / "project"
     comb = da4ml.to_comb(graph)
     return write_project(graph, comb, folder, name="net", latency_cutoff=2, vectors=vectors, origin=origin)
@@ -301,6 +301,26 @@ def test_readme_says_what_there_is(project, comb_project):
         assert (element in text) == (element != "@")
     text = (comb_project.directory / "README.md").read_text()
     assert "combinational, no clock" in text and "`clk`" not in text and "8 ns (125 MHz)" in text
+
+
+def test_what_was_found_later_is_quoted_as_if_it_had_been_known(project, graph, vectors, tmp_path):
+    """All files equal those of a project that was written with it, and nothing but the texts is written."""
+    origin = json.loads((project.directory / "metadata.json").read_text())["origin"]
+    first = {key: origin[key] for key in origin if key not in ("mismatches", "vectors")}
+    comb = da4ml.to_comb(graph)
+    made = write_project(graph, comb, tmp_path / "p", name="net", latency_cutoff=2, vectors=vectors, origin=first)
+    before = {p: p.stat().st_mtime_ns for p in made.directory.rglob("*") if p.is_file()}
+    assert "Mismatches" not in (made.directory / "README.md").read_text()
+    about = quoted(made.directory, {key: origin[key] for key in ("mismatches", "vectors")})
+    assert about == json.loads((made.directory / "metadata.json").read_text()) and about["origin"] == origin
+    after = {p: p.stat().st_mtime_ns for p in made.directory.rglob("*") if p.is_file()}
+    assert {p.name for p in after if before.get(p) != after[p]} == {"README.md", "metadata.json", "SHA256SUMS"}
+    for file in ("README.md", "metadata.json"):
+        assert (made.directory / file).read_text() == (project.directory / file).read_text()
+    sums = {line for line in (made.directory / "SHA256SUMS").read_text().splitlines() if not line.endswith(".npz")}
+    assert sums == {line for line in (project.directory / "SHA256SUMS").read_text().splitlines() if not line.endswith(".npz")}
+    with pytest.raises(LoweringError, match="no written project"):
+        quoted(tmp_path, {})
 
 
 def test_same_digest_for_the_same_graph(graph):

@@ -47,6 +47,21 @@ def test_layers_have_their_cells_and_what_is_not_used_is_left_out():
     assert {" 900", " 100", " 120"} <= set(text) and not any("DSP" in word for word in text)
 
 
+COUNTED = [
+    {"layer": "Dense_0", "lut": 870, "ff": 150, "carry": 190, "dsp": 0},
+    {"layer": "Dense_2", "lut": 7, "ff": 90, "carry": 0, "dsp": 1},
+    {"layer": "total", "lut": 860, "ff": 210, "carry": 185, "dsp": 1},
+]
+
+
+def test_the_estimate_stands_beside_the_count():
+    text = words(plots.layer_cost(CELLS, COUNTED))
+    assert {"Dense_0", "Dense_1", "Dense_2", "LUT: 1,000 / 860", "FF: 200 / 210", "DSP: 0 / 1", "estimate", "Yosys"} <= set(text)
+    assert {" 900", " 870", " 7"} <= set(text)
+    alone = words(plots.layer_cost([], COUNTED))
+    assert "LUT: 860" in alone and "Dense_1" not in alone and "Yosys" not in alone
+
+
 def test_nothing_to_show_is_an_error():
     with pytest.raises(DataError, match="no row for alkaid"):
         plots.cutoff_sweep({"da4ml": ROWS, "alkaid": []})
@@ -54,3 +69,5 @@ def test_nothing_to_show_is_an_error():
         plots.cutoff_sweep({})
     with pytest.raises(DataError, match="got 1 rows"):
         plots.layer_cost(CELLS[-1:])
+    with pytest.raises(DataError, match="got 0 rows"):
+        plots.layer_cost([])

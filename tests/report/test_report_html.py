@@ -40,6 +40,15 @@ SUMMARY = {
         "Dense_1/kernel": {"zeros": 0, "total": 8, "bits": None, "dead_rows": 0, "rows": 4, "dead_columns": 0, "columns": 2},
     },
     "channels": {"total": 133, "dead": 40},
+    "layer_cost": [
+        {"layer": "Dense_0", "lut": 5400.6, "ff": 1200.0, "carry": 700.0, "dsp": 0.0, "cost": 5000.0},
+        {"layer": "total", "lut": 6100.0, "ff": 2300.0, "carry": 790.0, "dsp": 0.0, "cost": 5123.0},
+    ],
+    "layer_cells": [
+        {"layer": "Dense_0", "lut": 5555, "ff": 1300, "carry": 705, "dsp": 0},
+        {"layer": "Dense_1", "lut": 666, "ff": 1400, "carry": 106, "dsp": 0},
+        {"layer": "total", "lut": 6021, "ff": 2310, "carry": 811, "dsp": 0},
+    ],
 }
 
 
@@ -204,3 +213,17 @@ def test_a_figure_that_is_no_svg_is_refused_and_nothing_is_left(tmp_path):
     with pytest.raises(DataError, match="figure 'x' is no SVG: it starts with '<script>'"):
         html.write(tmp_path / "r.html", summary={}, metrics=[], profiles=[], figures={"x": "<script>"}, config_text="")
     assert not list(tmp_path.iterdir())
+
+
+def test_cells_of_every_layer_before_and_after_synthesis(tmp_path):
+    page(tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    rows = re.search(r"<h2>Cells by layer</h2><table>(.*?)</table>", text)[1]
+    cells = [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", rows)]
+    assert cells[0][:4] == ["layer", "LUT, estimate", "LUT, Yosys", "FF, estimate"]
+    assert [row[:4] for row in cells[1:]] == [
+        ["Dense_0", "5,401", "5,555", "1,200"],
+        ["Dense_1", html.ABSENT, "666", html.ABSENT],
+        ["<b>whole netlist</b>", "6,100", "6,021", "2,300"],
+    ]
+    assert "flip-flops between two layers are counted twice" in text

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pquant_jax.lower.project._ports import Element, Ports, bits, fill
-from pquant_jax.lower.rtl import RTLInfo
 
 ROWS = 48  # of a port's table in the README
 _HELP = {
@@ -45,21 +44,15 @@ def makefile(name: str, vectors: int, sources: Mapping[str, Sequence[str]]) -> s
     )
 
 
-def readme(
-    ports: Ports,
-    rtl: RTLInfo,
-    metadata: Mapping[str, Any],
-    sources: Mapping[str, Sequence[str]],
-    written: Mapping[str, str],
-) -> str:
+def readme(ports: Ports, metadata: Mapping[str, Any], sources: Mapping[str, Sequence[str]], written: Mapping[str, str]) -> str:
     """`written` = {file or folder: what it is}, `metadata` as in `metadata.json`."""
-    name, period = rtl.name, metadata["clock_period_ns"]
+    name, period, estimates = metadata["name"], metadata["clock_period_ns"], metadata["estimates"]
+    stages, cycles = metadata["stages"], metadata["latency_cycles"]
     latency = "combinational, no clock"
-    if rtl.stages:
-        nanoseconds = rtl.latency_cycles * period
+    if stages:
         latency = (
-            f"{rtl.latency_cycles} clock edges ({nanoseconds:g} ns): a vector on `model_inp` before rising edge 1 is on "
-            f"`model_out` after edge {rtl.latency_cycles}; {rtl.stages} stages, registers at both ports, no reset"
+            f"{cycles} clock edges ({cycles * period:g} ns): a vector on `model_inp` before rising edge 1 is on "
+            f"`model_out` after edge {cycles}; {stages} stages, registers at both ports, no reset"
         )
     orders = [
         f"* {flavor}: {', '.join(f'`rtl/{flavor}/{s}`' for s in files)}, then the testbench" for flavor, files in sources.items()
@@ -68,14 +61,14 @@ def readme(
         "README.md",
         name=name,
         summary=_summary(ports, metadata),
-        port_list=("`clk`, " if rtl.stages else "")
+        port_list=("`clk`, " if stages else "")
         + f"`model_inp` ({bits(ports.inputs)} bits), `model_out` ({bits(ports.outputs)} bits)",
         latency=latency,
-        interval=f"{rtl.ii} clock cycle: a new vector every cycle" if rtl.stages else "none: a function of its inputs",
+        interval=f"{metadata['ii']} clock cycle: a new vector every cycle" if stages else "none: a function of its inputs",
         clock=f"{period:g} ns ({1000 / period:g} MHz)",
         part=metadata["part"],
-        estimate=f"{rtl.cost:,.0f} LUTs, {rtl.reg_bits:,} flip-flops, longest path {rtl.latency_units:g} adder delays "
-        f"({metadata['backend']}, before synthesis)",
+        estimate=f"{estimates['lut']:,.0f} LUTs, {estimates['ff']:,} flip-flops, longest path {estimates['adder_delays']:g} "
+        f"adder delays ({metadata['backend']}, before synthesis)",
         versions=", ".join(f"{k} {v}" for k, v in metadata["versions"].items()),
         ports=_table("model_inp", ports.inputs) + "\n" + _table("model_out", ports.outputs),
         vectors=f"{metadata['vectors']['count']:,}",

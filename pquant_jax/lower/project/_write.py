@@ -106,6 +106,34 @@ def write_project(
     return ProjectInfo(name, target, rtls, len(given[0]), about)
 
 
+def quoted(directory: str | Path, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """Add `origin`, such as what `verify` found, to a written project: README.md, metadata.json and SHA256SUMS are replaced.
+
+    RTL, testbenches, vectors and their checksums stay as they are.  Returns what `metadata.json` holds then.
+    Raises: LoweringError for a folder that is no written project.
+    """
+    folder = Path(directory)
+    if not (folder / "metadata.json").is_file():
+        raise LoweringError(f"{folder} has no metadata.json: it is no written project; make one with write_project")
+    about = json.loads((folder / "metadata.json").read_text())
+    about["origin"] |= origin
+    sources = {f: _sources(folder / "rtl" / f, f, about["name"]) for f in about["flavors"]}
+    inputs, outputs = about["model_inp"], about["model_out"]
+    ports = Ports(_elements_of(inputs), _elements_of(outputs), _shapes_of(inputs), _shapes_of(outputs))
+    texts = {
+        "README.md": _docs.readme(ports, about, sources, _contents(folder, about["name"], sources)),
+        "metadata.json": _json(about),
+    }
+    sums = dict(line.split("  ", 1)[::-1] for line in (folder / "SHA256SUMS").read_text().splitlines())
+    sums |= {file: hashlib.sha256(text.encode()).hexdigest() for file, text in texts.items()}
+    texts["SHA256SUMS"] = "".join(f"{digest}  {file}\n" for file, digest in sums.items())
+    for file, text in texts.items():
+        (folder / f"{file}.partial").write_text(text, encoding="utf-8")
+    for file in texts:
+        (folder / f"{file}.partial").replace(folder / file)
+    return about
+
+
 def _write_vectors(given: np.ndarray, expected: np.ndarray, ports: Ports, folder: Path) -> dict[str, str]:
     """Inputs and expected outputs, (N, elements) each, as hexadecimal lines; {file: its SHA-256}."""
     check_fits(expected, ports.outputs)
@@ -238,6 +266,20 @@ def _port(elements: Sequence[Element], shapes: Mapping[str, tuple[int, ...]]) ->
     return {"bits": bits(elements), "tensors": tensors, "elements": rows}
 
 
+def _elements_of(port: Mapping[str, Any]) -> tuple[Element, ...]:
+    """What `_port` was made of."""
+    rows = port["elements"]
+    return tuple(Element(e["tensor"], tuple(e["index"]), *(e[key] for key in ("k", "i", "f", "offset", "width"))) for e in rows)
+
+
+def _shapes_of(port: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {tensor["name"]: tuple(tensor["shape"]) for tensor in port["tensors"]}
+
+
+def _json(about: Mapping[str, Any]) -> str:
+    return json.dumps(about, indent=1, default=str) + "\n"
+
+
 def _file_digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -252,7 +294,7 @@ def _write_texts(root: Path, about: Mapping[str, Any], rtl: RTLInfo, ports: Port
         ),
         f"{name}_io.h": header(name, ports, rtl),
         "Makefile": _docs.makefile(name, count, sources),
-        "metadata.json": json.dumps(about, indent=1, default=str) + "\n",
+        "metadata.json": _json(about),
     }
     texts |= {f"vivado/{file}": text for file, text in _vivado.scripts(name, about["part"], count, sources).items()}
     if "verilog" in sources:
@@ -260,7 +302,7 @@ def _write_texts(root: Path, about: Mapping[str, Any], rtl: RTLInfo, ports: Port
         texts["synth/yosys.ys"] = "\n".join(script(name, [Path(s).name for s in sources["verilog"]])) + "\n"
     if "vhdl" in sources:
         texts[f"sim/tb_{name}.vhd"] = _testbench.vhdl(name, ports, _tables(root / "rtl" / "vhdl"), timing)
-    texts["README.md"] = _docs.readme(ports, rtl, about, sources, _contents(root, name, sources))
+    texts["README.md"] = _docs.readme(ports, about, sources, _contents(root, name, sources))
     for file, text in texts.items():
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).write_text(text)
