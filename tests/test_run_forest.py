@@ -71,6 +71,7 @@ def test_from_a_dump_to_proved_verilog(folder, capsys):
     for kind in ("comb", "pipelined"):
         project = made / "rtl" / kind
         assert "rtl_comb: 0, rtl_pipelined: 0" in (project / "README.md").read_text()
+        assert json.loads((project / "metadata.json").read_text())["origin"]["model"] == "xgboost_2.json"
         assert (project / "sim" / "tb_pq_xgboost_2.sv").is_file() and (project / "rtl" / "vhdl").is_dir()
     assert not [p for p in made.rglob("*") if p.suffix in (".md", ".json", ".tcl") and ".xgboost_2." in p.read_text()]
     assert [p.name for p in (folder / "runs").iterdir()] == ["xgboost_2"]

@@ -17,7 +17,7 @@ from pquant_jax._errors import ConfigError, DataError, SearchError, ToolError, d
 from pquant_jax.data import read_npz
 from pquant_jax.lower import Graph, ir, pipeline, sim
 from pquant_jax.lower.emulate import port_grid
-from pquant_jax.lower.project import write_project
+from pquant_jax.lower.project import quoted, write_project
 from pquant_jax.lower.rtl import RTLInfo, whole_folder
 from pquant_jax.run._files import read_json, write_json
 from pquant_jax.run._hardware import TESTBENCH, top_module
@@ -38,6 +38,7 @@ class _Design(NamedTuple):
     cut: pipeline.Pipelined
     inputs: np.ndarray
     name: str
+    origin: dict[str, Any]
 
 
 class _Samples(NamedTuple):
@@ -102,7 +103,7 @@ def forest(
         ir.save(graph, partial / "graph.npz")
         random = port_grid(graph, TESTBENCH, np.random.default_rng(seed))[0]
         inputs = np.concatenate([trees.encode(made, samples.x[:TESTBENCH]), random])
-        design = _Design(graph, comb, package, cut, inputs, top_module(target.name))
+        design = _Design(graph, comb, package, cut, inputs, top_module(target.name), {"model": Path(model).name})
         summary |= _proved(design, made, samples.x, partial, vectors, seed, log)
         write_json(partial / "summary.json", summary | {"seconds": log.seconds, "versions": versions()})
     return read_json(target / "summary.json") | {"folder": str(target)}
@@ -244,7 +245,7 @@ def _proved(
 ) -> dict[str, Any]:
     """rtl/comb and rtl/pipelined, compared with the forest; {"mismatches", "vectors", "outputs", "skipped"}."""
     missing = "; ".join(sim.missing_tools())
-    rtls = _write(design, folder, {})
+    rtls = _write(design, folder)
     with phase(log, "verify") as remarks, tempfile.TemporaryDirectory(prefix="pquant-sim-") as work:
         found = trees.prove(
             made, x[:vectors], graph=design.graph, comb=design.comb, backend=design.package, rtls={} if missing else rtls,
@@ -255,16 +256,17 @@ def _proved(
         if missing:
             remarks.append(f"no simulation: {missing}")
     found["mismatches"] |= {name: None for name in rtls if name not in found["mismatches"]}
-    _write(design, folder, {key: found[key] for key in ("mismatches", "vectors")})
+    for project in (folder / "rtl").iterdir():
+        quoted(project, {key: found[key] for key in ("mismatches", "vectors")})
     return found | {"skipped": {"simulation": missing} if missing else {}}
 
 
-def _write(design: _Design, folder: Path, origin: dict[str, Any]) -> dict[str, RTLInfo]:
+def _write(design: _Design, folder: Path) -> dict[str, RTLInfo]:
     made = {}
     for kind, cutoff in (("comb", -1.0), ("pipelined", design.cut.cutoff)):
         project = write_project(
             design.graph, design.comb, folder / "rtl" / kind, name=design.name, backend=design.package, latency_cutoff=cutoff,
-            clock_period=design.cut.clock_ns, vectors=[design.inputs], overwrite=True, origin=origin,
+            clock_period=design.cut.clock_ns, vectors=[design.inputs], origin=design.origin,
         )  # fmt: skip
         made[f"rtl_{kind}"] = project.rtl["verilog"]
     return made
