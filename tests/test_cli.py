@@ -19,7 +19,10 @@ from pquant_jax.cli import main
 from pquant_jax.config import _methods, _quantizers
 from pquant_jax.config._load import _sections, _tag
 
-COMMANDS = ("run", "resume", "lower", "verify", "report", "predict", "scan", "robust", "explain", "template", "schema", "doctor")
+COMMANDS = (
+    "run", "resume", "lower", "verify", "report", "predict", "scan", "robust", "forest",
+    "explain", "template", "schema", "doctor",
+)  # fmt: skip
 
 MODEL = """
 import flax.linen as nn
