@@ -63,7 +63,7 @@ def test_what_no_hls_project_can_be_is_refused_before_training(tmp_path):
 
 def test_a_stream_of_formats_that_training_moves_apart_is_refused_before_training(tmp_path):
     stream = "hardware.hls={io_type: io_stream}"
-    with pytest.raises(pq.LoweringError, match="a stream takes one per tensor: quantize with granularity 'tensor'"):
+    with pytest.raises(pq.LoweringError, match="one per tensor there: quantize with granularity 'tensor'"):
         run.run(experiment(stream), root=tmp_path, quiet=True)
     assert not list(tmp_path.iterdir())
     whole = experiment(stream, "quantization.activations.granularity=tensor")
