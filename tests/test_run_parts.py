@@ -54,6 +54,17 @@ def test_a_simulated_hls_project_needs_a_compiler(monkeypatch, tmp_path):
     _doctor.check_doors(experiment("hardware.hls={simulate: false}"))
 
 
+def test_doctor_knows_that_an_hls_project_without_a_compiler_is_not_simulated(monkeypatch):
+    found = {c.name: c for c in run.checks()}["hls4ml with g++"]
+    assert bool(found.found) == bool(_doctor.shutil.which("g++") and _doctor.importlib.util.find_spec("hls4ml"))
+    spec = _doctor.importlib.util.find_spec
+    monkeypatch.setattr(_doctor.importlib.util, "find_spec", lambda name: object() if name == "hls4ml" else spec(name))
+    which = _doctor.shutil.which
+    monkeypatch.setattr(_doctor.shutil, "which", lambda name, **k: None if name == "g++" else which(name, **k))
+    found = {c.name: c for c in run.checks()}["hls4ml with g++"]
+    assert (found.found, found.fix, found.step) == ("", "apt install g++", "the C simulation of hls4ml")
+
+
 def test_a_second_signal_stops_at_once(capfd):
     from pquant_jax.run._signals import stop_between_epochs
 
