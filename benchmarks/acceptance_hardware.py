@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
@@ -21,7 +22,8 @@ def graphs() -> dict[str, Graph]:
 
 def hls_lines() -> Iterator[Line]:
     """hls4ml's C simulation of every model; streams where the formats allow it, and else with one format per tensor."""
-    for row in module("hardware_hls").zoo_lines(graphs()):
+    bench = module("hardware_hls")
+    for row in itertools.chain(bench.zoo_lines(graphs()), bench.resnet_lines()):
         name = f"hls4ml, {row['model']}, {row['backend']} {row['io_type']}, formats {row['formats']}: 0 mismatches"
         if row["skipped"]:
             yield Line(name, row["skipped"], True, skipped=True)

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 import pquant_jax as pq
-from pquant_jax import lower
+from pquant_jax import lower, zoo
 from pquant_jax._errors import LoweringError
 from pquant_jax.lower.backends import hls4ml as hls
 from pquant_jax.lower.emulate import emulate, flatten_batch, port_grid
@@ -32,14 +32,21 @@ def zoo_lines(
     """
     for name, graph in graphs.items():
         for backend in backends:
-            yield _line(name, graph, backend, "io_parallel", "as trained", n, optimize)
-            stream = _line(name, graph, backend, "io_stream", "as trained", n, optimize)
+            yield _line(name, graph, backend, "io_parallel", "as trained", _vectors(graph, n), optimize)
+            stream = _line(name, graph, backend, "io_stream", "as trained", _vectors(graph, n), optimize)
             yield stream
             if stream["skipped"]:
-                yield _line(name, uniform(graph), backend, "io_stream", "one per tensor", n, optimize)
+                yield _line(name, uniform(graph), backend, "io_stream", "one per tensor", _vectors(graph, n), optimize)
 
 
-def _line(name: str, graph: Graph, backend: str, io_type: str, formats: str, n: int, optimize: str) -> dict[str, Any]:
+def _vectors(graph: Graph, n: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [np.concatenate([x, rng.normal(size=x.shape) * 8]) for x in port_grid(graph, n, rng)]
+
+
+def _line(
+    name: str, graph: Graph, backend: str, io_type: str, formats: str, inputs: list[np.ndarray], optimize: str
+) -> dict[str, Any]:
     line = dict(model=name, backend=backend, io_type=io_type, formats=formats, mismatches=None, values=0, seconds=0.0)
     line |= dict(layers=0, netlists=0, skipped="")
     start = time.perf_counter()
@@ -51,8 +58,6 @@ def _line(name: str, graph: Graph, backend: str, io_type: str, formats: str, n: 
                 raise
             return line | dict(skipped=str(error))
         model = hls.compile(model, optimize=optimize)
-        rng = np.random.default_rng(0)
-        inputs = [np.concatenate([x, rng.normal(size=x.shape) * 8]) for x in port_grid(graph, n, rng)]
         expected = flatten_batch(emulate(graph, inputs))
         line |= dict(mismatches=int((hls.predict(model, inputs) != expected).sum()), values=expected.size)
     netlists = sum(layer.kind == "Netlist" for layer in model.layers)
@@ -72,6 +77,17 @@ def uniform(graph: Graph) -> Graph:
             node = replace(node, attrs={**node.attrs, **form})
         nodes.append(node)
     return validate(Graph(tuple(nodes), graph.inputs, graph.outputs))
+
+
+def resnet_lines(backends: Sequence[str] = ("Vitis", "Vivado"), n: int = 20) -> Iterator[dict[str, Any]]:
+    """ResNet-20 on 32 x 32 x 3 (untrained), too large for a parallel netlist, as a stream; rows as `zoo_lines` has them."""
+    x = np.random.default_rng(0).normal(size=(n, 32, 32, 3)).astype(np.float32)
+    inst = pq.instrument(zoo.resnet20(), x[:1], inputs=pq.InputSpec(1, 2, 5))
+    fixed = pq.quantize.fixed(inst.sites, weights=pq.quantize.Format(1, 6, 1), activations=pq.quantize.Format(2, 5))
+    params = fixed.attach(inst.model.params)
+    graph = lower.trace(inst, fixed.apply(params, fixed.init(params))[0], inst.model.state, limit=float("inf"))
+    for backend in backends:
+        yield _line("resnet20", graph, backend, "io_stream", "one per tensor", [np.asarray(inst.encode(x), np.float64)], "-O1")
 
 
 def reuse_lines(backend: str = "Vitis", n: int = 200, optimize: str = "-O0") -> Iterator[dict[str, Any]]:

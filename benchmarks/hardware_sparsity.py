@@ -30,9 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pquant_jax.lower import synth
-from pquant_jax.lower.sim import run_tool
 from pquant_jax.prune import Reuse
-from pquant_jax.transforms._groups import layout
+from pquant_jax.transforms import layout
 
 SIZES, REUSE, LEVELS = (16, 64, 32, 32, 5), (1, 2, 4, 8, 16), (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 WRITTEN = 0.7  # the level at which projects are written
@@ -135,16 +134,11 @@ def verilog(kernel: np.ndarray, reuse: int) -> str:
 
 def yosys_multipliers(kernel: np.ndarray, reuse: int, folder: Path) -> int:
     """DSP48E2 cells of the synthesised layer."""
-    program = synth._yosys()
-    if program is None:
-        raise RuntimeError("; ".join(synth.missing_tools()))
     folder.mkdir()
     (folder / "dense.v").write_text(verilog(kernel, reuse))
     flow = "synth_xilinx -family xcup -top dense -flatten -noiopad -noclkbuf -run"
-    script = ["read_verilog -sv dense.v", f"{flow} begin:prepare", f"{flow} prepare:map_memory", "tee -q -o stat.json stat -json"]
-    (folder / "run.ys").write_text("\n".join(script) + "\n")
-    run_tool([program, "-q", "run.ys"], cwd=folder, timeout=120)
-    return synth._count(folder / "stat.json")["dsp"]
+    lines = ["read_verilog -sv dense.v", f"{flow} begin:prepare", f"{flow} prepare:map_memory", "tee -q -o stat.json stat -json"]
+    return int(synth.run_script(lines, folder, timeout=120)["dsp"])
 
 
 def multipliers(weights: Sequence[np.ndarray], reuse: int) -> int:

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from pquant_jax._errors import PQuantError, VerifyError
 
+HLS: Final = ("Vitis", "Vivado", "VivadoAccelerator", "Quartus", "Catapult", "oneAPI", "Libero")  # importing them is slow
 EXIT: Final = "exit codes: 0 done, 2 a mistake in the input or a missing tool (one line on stderr), 3 two implementations differ, 130 and 143 stopped by SIGINT and SIGTERM"  # noqa: E501
 
 RUN: Final = """
@@ -97,6 +98,17 @@ RUN/robust/: robust.json and pictures.
 
   pquant-jax robust runs/jets_hgq --protect 10
 """
+FOREST: Final = """
+Boosted trees as hardware: a model file of XGBoost (JSON, UBJSON, JSON dump) or LightGBM (text, JSON dump) is put on fixed-point
+grids, pruned to a budget of LUTs, and written as RTL that is compared with it, integer by integer.  DATA.npz holds `x`
+(n, features), which sets the port and tests the netlist, and optionally `y`: labels give the accuracy, other numbers the error.
+
+  pquant-jax forest model.json --data jets.npz
+  pquant-jax forest model.txt --data jets.npz --integer 5 --fraction 10 --luts 2000 --backend alkaid --clock-period 3
+
+Writes runs/<stem of MODEL>/: rtl/comb and rtl/pipelined (whole projects, as `lower` writes them), graph.npz, summary.json
+(scores of the float and of the quantized forest, estimated LUTs, latency, mismatches).
+"""
 SCHEMA: Final = """
 Print the JSON schema of a configuration file: every key with its type, default and meaning.  The sections of methods are
 pruning (ap, autosparse, cs, dst, magnitude, pdp, random, wanda), constraints (MDMM on sparsity, group_sparsity, dsp_sparsity,
@@ -172,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
         help="fixed in the logic; inputs of the netlist; or a register file, written over a bus",
     )  # fmt: skip
     lower.add_argument("--tmr", metavar="N", help="percent of the register file's bits to triplicate, the most sensitive ones")
-    lower.add_argument("--hls", metavar="BACKEND", help="write and simulate an hls4ml project too: Vitis, Vivado ...")
+    lower.add_argument("--hls", choices=HLS, metavar="BACKEND", help=f"an hls4ml project too, simulated: {', '.join(HLS)}")
     lower.add_argument("--onnx", nargs="+", metavar="KIND", help="write qonnx, onnx or qdq files too")
     verify.add_argument("--vectors", type=_positive, help="inputs to compare; default the run's")
     verify.add_argument("--seed", type=int, help="of the random ones; default the run's")
@@ -193,9 +205,32 @@ def _parser() -> argparse.ArgumentParser:
     robust.add_argument("--rates", type=float, nargs="+", metavar="P", help="chances that a bit flips; default 1e-4 to 0.1")
     robust.add_argument("--protect", type=float, default=10.0, metavar="N", help="percent of the bits (default %(default)s)")
     robust.add_argument("--trials", type=_positive, default=32, help="draws per rate (default %(default)s)")
+    _add_forest(commands)
     _command(commands, "schema", "print the JSON schema of a configuration", SCHEMA, _schema)
     _command(commands, "doctor", "what is installed and what is missing", DOCTOR, _doctor)
     return parser
+
+
+def _add_forest(commands: Any) -> None:
+    forest = _command(commands, "forest", "boosted trees of XGBoost or LightGBM as proved RTL", FOREST, _forest)
+    forest.add_argument("model", metavar="MODEL", help="model file, told by its content")
+    forest.add_argument("--data", metavar="DATA.npz", required=True, help="x (n, features) and optionally y")
+    forest.add_argument(
+        "--bits", type=_positive, default=16, help="of a feature; its range in x places the point (default %(default)s)"
+    )
+    forest.add_argument("--integer", type=int, metavar="I", help="integer bits of every feature, without the sign")
+    forest.add_argument("--fraction", type=int, metavar="F", help="fractional bits of every feature")
+    forest.add_argument("--leaves", type=_positive, default=8, metavar="BITS", help="of a leaf (default %(default)s)")
+    forest.add_argument("--luts", type=float, metavar="N", help="prune to about N LUTs; every second sample chooses what goes")
+    forest.add_argument("--backend", choices=["da4ml", "alkaid"], default="da4ml", help="default %(default)s")
+    forest.add_argument("--clock-period", type=float, default=5.0, metavar="NS", help="of the pipeline (default %(default)s)")
+    forest.add_argument("--base-margin", type=float, nargs="+", metavar="M", help="of a dump of XGBoost: one per output")
+    forest.add_argument("--names", nargs="+", metavar="NAME", help="of a dump with feature names: the columns of x")
+    forest.add_argument("--vectors", type=_positive, default=10_000, help="inputs to compare (default %(default)s)")
+    forest.add_argument("--seed", type=int, default=0, help="of the random ones (default %(default)s)")
+    forest.add_argument("-o", "--out", metavar="FOLDER", help="default runs/<stem of MODEL>")
+    forest.add_argument("--overwrite", action="store_true", help="replace what this command wrote there")
+    _add_quiet(forest)
 
 
 def _command(commands: Any, name: str, line: str, text: str, function: Callable[[Any], Any]) -> argparse.ArgumentParser:
@@ -314,6 +349,21 @@ def _robust(arguments: Any) -> None:
         row = ", ".join(f"{v:.4f} at {p:g}" for p, v in zip(curve["rates"], curve["mean"], strict=True))
         print(f"{name}: {found['metric']} {row} ({curve['clean']:.4f} without flips)")
     print(f"{found['bits']:,} weight bits; pictures and robust.json in {arguments.run}/robust")
+
+
+def _forest(arguments: Any) -> None:
+    from pquant_jax.run import forest
+
+    given = {key: value for key, value in vars(arguments).items() if key not in ("command", "model", "data", "out", "quiet")}
+    found = forest(arguments.model, arguments.data, arguments.out, quiet=arguments.quiet, **given)
+    if arguments.quiet:
+        return
+    about = found["forest"]
+    if "metric" in about:
+        pair = f"{about['quantized']:.4f}, of the float forest {about['float']:.4f}"
+        print(f"{about['metric']} {pair}, on {about['samples']:,} samples")
+    error = about["score_error"]
+    print(f"scores differ by {error['mean']:.3g}, at most {error['largest']:.3g}; summary.json and rtl/ in {found['folder']}")
 
 
 def _schema(arguments: Any) -> None:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -20,20 +20,9 @@ from pquant_jax.config import _methods, _quantizers
 from pquant_jax.config._load import _sections, _tag
 
 COMMANDS = (
-    "run",
-    "resume",
-    "lower",
-    "verify",
-    "weights",
-    "report",
-    "predict",
-    "scan",
-    "robust",
-    "explain",
-    "template",
-    "schema",
-    "doctor",
-)
+    "run", "resume", "lower", "verify", "weights", "report", "predict", "scan", "robust", "forest",
+    "explain", "template", "schema", "doctor",
+)  # fmt: skip
 
 MODEL = """
 import flax.linen as nn
@@ -131,6 +120,15 @@ def test_the_overview_names_every_command(capsys):
 
 def test_version(capsys):
     assert cli(capsys, "--version") == (0, f"pquant-jax {pq.__version__}\n", [])
+
+
+def test_every_backend_of_hls4ml_can_be_asked_for(capsys):
+    from pquant_jax.cli import HLS
+    from pquant_jax.lower.backends.hls4ml import BACKENDS
+
+    assert HLS == tuple(BACKENDS) == get_args(config.Hls.model_fields["backend"].annotation)
+    code, _, err = cli(capsys, "lower", "runs/x", "--hls", "Vits")
+    assert code == 2 and all(name in err[-1] for name in HLS)
 
 
 def test_no_command_and_unknown_command(capsys):

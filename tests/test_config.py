@@ -128,6 +128,7 @@ MISTAKES: list[tuple[Any, list[str], str]] = [
     ({"training": {"weight_decay": 0.1}}, [], "optimizer 'adamw'"),
     ({"training": {"shuffle": "perhaps"}}, [], "training.shuffle: received 'perhaps' (str), expected true or false"),
     ({"training": 3}, [], "training: received 3 (int), expected a section of 'key: value' lines"),
+    ({"hardware": {"hls": "oneAPI"}}, [], "{backend: oneAPI, simulate: false}: its C simulation needs icpx and cmake, not"),
     ({"seed": -1}, [], "seed: received -1 (int), expected a number of 0 or more"),
     ({"name": "../elsewhere"}, [], "name: received '../elsewhere' (str), expected letters, digits"),
     ({"input": {"k": 0, "i": 0, "f": 0}}, [], "expected a port with bits: k + i + f > 0"),

@@ -511,6 +511,8 @@ EFFECTS: dict[str, tuple[Any, Any, list[str]]] = {
     "hardware.hls.strategy": ("resource", _exports, HLS),
     "hardware.hls.reuse_factor": (4, _exports, HLS),
     "hardware.hls.layers": ({"Dense_0": {"ReuseFactor": 2}}, _exports, HLS),
+    "hardware.hls.config": ({"Model": {"ReuseFactor": 2}}, _exports, HLS),
+    "hardware.hls.part": ("xcku115-flvb2104-2-i", _exports, HLS),
     "hardware.hls.simulate": (False, _exports, HLS),
     "hardware.onnx": (["qonnx", "qdq"], _exports, []),
 }  # fmt: skip

@@ -10,9 +10,10 @@ import pytest
 from rich.console import Console
 
 import pquant_jax as pq
-from pquant_jax import config, run
-from pquant_jax.run import _doctor, _files, _hardware, _log
+from pquant_jax import config, lower, run
+from pquant_jax.run import _doctor, _exports, _files, _hardware, _log
 from pquant_jax.run._figures import score
+from pquant_jax.run._prepare import prepare, prepare_data
 
 
 def experiment(*overrides: str) -> config.Experiment:
@@ -63,6 +64,42 @@ def test_doctor_knows_that_an_hls_project_without_a_compiler_is_not_simulated(mo
     monkeypatch.setattr(_doctor.shutil, "which", lambda name, **k: None if name == "g++" else which(name, **k))
     found = {c.name: c for c in run.checks()}["hls4ml with g++"]
     assert (found.found, found.fix, found.step) == ("", "apt install g++", "the C simulation of hls4ml")
+
+
+def test_what_no_hls_project_can_be_is_refused_before_training(tmp_path):
+    with pytest.raises(pq.LoweringError, match="did you mean 'ReuseFactor"):
+        run.run(experiment("hardware.hls={config: {LayerName: {dense_0: {Reuse: 2}}}}"), root=tmp_path, quiet=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stream_of_formats_that_training_moves_apart_is_refused_before_training(tmp_path):
+    stream = "hardware.hls={io_type: io_stream}"
+    with pytest.raises(pq.LoweringError, match="one per tensor there: quantize with granularity 'tensor'"):
+        run.run(experiment(stream), root=tmp_path, quiet=True)
+    assert not list(tmp_path.iterdir())
+    whole = experiment(stream, "quantization.activations.granularity=tensor")
+    _exports.check(prepare(whole, prepare_data(whole)))
+    never = experiment(stream, "quantization={method: fixed}")  # formats per element that stay equal
+    _exports.check(prepare(never, prepare_data(never)))
+
+
+def test_weights_that_are_loaded_count_in_the_size_before_training(monkeypatch):
+    loaded = experiment("hardware.weights=registers")
+    monkeypatch.setitem(lower.trace.__kwdefaults__, "limit", 10_000)  # between 4,256 products and five times as many
+    dataset = prepare_data(loaded)
+    prepare(experiment(), dataset)
+    with pytest.raises(pq.LoweringError, match="a product of two inputs counting"):
+        prepare(loaded, dataset)
+
+
+@pytest.mark.parametrize(
+    ("backend", "own", "part"),
+    [("Vivado", None, "xcku115"), ("Catapult", None, "xcku115"), ("Quartus", None, None), ("Quartus", "Agilex", "Agilex"),
+     ("VivadoAccelerator", None, None), ("Vitis", "xc7z020", "xc7z020")],
+)  # fmt: skip
+def test_parts_of_xilinx_are_for_the_tools_that_take_them(backend, own, part):
+    asked = experiment("hardware.part=xcku115", f"hardware.hls.backend={backend}", f"hardware.hls.part={own or 'null'}")
+    assert _exports.hls_options(asked)["part"] == part
 
 
 def test_a_second_signal_stops_at_once(capfd):

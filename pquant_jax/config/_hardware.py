@@ -7,13 +7,16 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from pquant_jax.config._fields import AtLeastOne, Positive, Section, number, short, whole
+from pquant_jax.lower.backends.hls4ml import BACKENDS
 
 
 class Hls(Section):
     """An hls4ml project of the same integers, in hls/.  Short form: the backend alone."""
 
-    backend: Literal["Vitis", "Vivado", "VivadoAccelerator"] = "Vitis"
+    backend: Literal["Vitis", "Vivado", "VivadoAccelerator", "Quartus", "Catapult", "oneAPI", "Libero"] = "Vitis"
     """hls4ml's name of the tool that the project is for."""
+    part: str | None = None
+    """The FPGA of the project.  null: hardware.part with Vitis, Vivado and Catapult, hls4ml's own default with the others."""
     io_type: Literal["io_parallel", "io_stream"] = "io_parallel"
     """All values of a layer at once, or one position after the other."""
     strategy: Literal["latency", "resource", "distributed_arithmetic"] = "latency"
@@ -22,8 +25,20 @@ class Hls(Section):
     """Products that share a multiplier; a factor that a layer can't have is refused, with those it can."""
     layers: dict[str, dict[str, Any]] = {}
     """Exceptions: {name of a layer: {ReuseFactor: 2, Strategy: resource}}."""
+    config: dict[str, dict[str, Any]] = {}
+    """An hls_config as hls4ml has it: {Model: {ReuseFactor: 4}, LayerName: {dense_1: {Strategy: resource}}}.  It counts more than
+    strategy and reuse_factor, layers count more than it; precisions must be those of the quantizers.  The one of a written
+    project, with the names of all layers, is HLSConfig in its hls4ml_config.yml."""
     simulate: bool = True
-    """Compile its C simulation with g++ and compare integers."""
+    """Compile its C simulation with g++, which knows those of Vitis, Vivado, VivadoAccelerator, Quartus and Catapult, and compare
+    integers."""
+
+    @model_validator(mode="after")
+    def _can_be_simulated(self) -> Self:
+        if self.simulate and not BACKENDS[self.backend].simulates:
+            tools = " and ".join(BACKENDS[self.backend].tools)
+            raise ValueError(f"{{backend: {self.backend}, simulate: false}}: its C simulation needs {tools}, not g++ alone")
+        return self
 
 
 class Hardware(Section):
@@ -72,3 +87,8 @@ class Hardware(Section):
         if self.latency_cutoff is not None and self.latency_ns is not None:
             raise ValueError("latency_cutoff or latency_ns, not both")
         return self
+
+    @property
+    def traced(self) -> str:
+        """How weights are traced: "constants", or "ports" for a register file too."""
+        return "constants" if self.weights == "constants" else "ports"

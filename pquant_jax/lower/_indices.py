@@ -61,16 +61,27 @@ def loops(flat: np.ndarray) -> tuple[tuple[int, int], ...] | None:
     return tuple(found)
 
 
-def transposition(index: np.ndarray, size: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """(shape, perm) with index.ravel() = arange(size).reshape(shape).transpose(perm).ravel(), of the lowest rank."""
-    nest = loops(index.ravel()) if index.size == size and size and index.ravel()[0] == 0 else None
-    if nest is None or any(step <= 0 for _, step in nest):
+def transposition(
+    index: np.ndarray, size: int, shape: Sequence[int] | None = None
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """(dims, perm) with index.ravel() = arange(size).reshape(dims).transpose(perm).ravel(), None if there are none.
+
+    shape: of the transposed array; None takes that of the lowest rank.
+
+    >>> turned = np.arange(24).reshape(6, 4).T.ravel()
+    >>> transposition(turned, 24), transposition(turned, 24, (4, 2, 3)), transposition(np.array([0, 2, 1]), 3)
+    (((6, 4), (1, 0)), ((2, 3, 4), (2, 0, 1)), None)
+    """
+    nest = loops(index.ravel()) if index.size == size and size else None
+    if nest is None:
         return None
-    order = sorted(range(len(nest)), key=lambda j: -nest[j][1])  # axes of the array, as places among the loops
-    shape = tuple(nest[j][0] for j in order)
-    perm = tuple(order.index(j) for j in range(len(nest)))
-    same = np.array_equal(np.arange(size).reshape(shape).transpose(perm).ravel(), index.ravel())
-    return (shape, perm) if same else None
+    shape = tuple(count for count, _ in nest) if shape is None else shape
+    turned = index.reshape(shape)
+    steps = [int(turned.take(min(n - 1, 1), axis).ravel()[0]) for axis, n in enumerate(shape)]
+    order = sorted(range(len(shape)), key=lambda axis: -steps[axis])  # axes of the array, as those of the transposed one
+    dims = tuple(shape[axis] for axis in order)
+    perm = tuple(order.index(axis) for axis in range(len(shape)))
+    return (dims, perm) if np.array_equal(np.arange(size).reshape(dims).transpose(perm), turned) else None
 
 
 def broadcasting(index: np.ndarray, size: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

@@ -17,13 +17,13 @@ import numpy as np
 
 from pquant_jax._base import InputSpec, Tree
 from pquant_jax._errors import LoweringError, did_you_mean
-from pquant_jax.graph import Const, Model, flatten, from_function
-from pquant_jax.lower._build import Nodes, Op, Operand, add, node, numbers, take
+from pquant_jax.graph import Model, flatten, from_function
+from pquant_jax.lower._build import Nodes
 from pquant_jax.lower._onnx_ops import MOVES, OPS, PRODUCTS, convolution, interpolated, refused, table_of
-from pquant_jax.lower._trace import lower_one
+from pquant_jax.lower._trace import data_ports, walk
 from pquant_jax.lower.backends._onnx_read import Source, Step, read
 from pquant_jax.lower.ir import Graph, reached, validate
-from pquant_jax.lower.ranges import Interval, intervals
+from pquant_jax.lower.ranges import Interval, common_format, intervals
 from pquant_jax.numerics import kif, lookup, quantize, region, site
 from pquant_jax.numerics.oracle import least_f
 from pquant_jax.quantize import Format
@@ -283,12 +283,9 @@ def _format_of(step: Step) -> Format | None:
 
 
 def _holding(own: Interval) -> Format:
-    """The format that changes nothing in that interval."""
-    f = int(own.f.max(initial=0))
-    low, high = float(own.low.min(initial=0)), float(own.high.max(initial=0))
-    k = int(low < 0)
-    i = int(np.frexp(max(high + np.ldexp(0.5, -f), np.ldexp(0.5, -f) - low - np.ldexp(1.0, -f), np.ldexp(0.5, -f)))[1])
-    return Format(i=float(max(i, 1 - k - f)), f=float(f), k=k, granularity="tensor")
+    """The format that changes nothing in that interval; f is 0 at least."""
+    k, i, f = common_format(own)
+    return Format(i=float(i), f=float(max(f, 0)), k=k, granularity="tensor")
 
 
 def _sited(plan: _Plan, formats: Mapping[str, Format]) -> Sites:
@@ -345,7 +342,11 @@ def _lowered(plan: _Plan, sample: tuple[np.ndarray, ...], ports: Sequence[InputS
         out = _run(plan, given, constant, sited)
         return [*out, *(seen[step.output, number] for step, number in bare)]
 
-    whole = _of_forward(forward, sample, ports)
+    program = flatten(jax.make_jaxpr(forward)(*sample))
+    build: Nodes = []
+    declared, env = data_ports(build, program.inputs, sample, tuple(ports))
+    outputs = walk(build, program, env, declared)
+    whole = validate(reached(Graph(tuple(build), tuple(declared), outputs)))
     count = len(plan.source.outputs)
     known = intervals(whole) if bare else []
     formats = {
@@ -353,31 +354,6 @@ def _lowered(plan: _Plan, sample: tuple[np.ndarray, ...], ports: Sequence[InputS
         for (step, number), index in zip(bare, whole.outputs[count:], strict=True)
     }
     return validate(reached(whole._replace(outputs=whole.outputs[:count]))), formats
-
-
-def _of_forward(forward: Callable[..., Any], sample: tuple[np.ndarray, ...], ports: Sequence[InputSpec]) -> Graph:
-    """The graph of a function of one sample with quantizers of its own, as `trace` makes that of an instrumented one."""
-    program = flatten(jax.make_jaxpr(forward)(*sample))
-    build: Nodes = []
-    env: dict[int, Operand] = {}
-    declared: dict[int, InputSpec] = {}
-    for slot, one, port in zip(program.inputs, sample, ports, strict=True):
-        index = add(build, "input", (), one.shape[1:], "input", k=port.k, i=port.i, f=port.f)
-        declared[index] = port
-        env[slot] = take(build, index, numbers(one.shape))
-
-    def value(v: int | Const) -> Operand:
-        return np.asarray(v.value) if isinstance(v, Const) else env[v]
-
-    for step in program.steps:
-        shape = tuple(step.eqn.outvars[0].aval.shape) if step.eqn.outvars else ()
-        made = lower_one(Op(build, step.eqn, [value(v) for v in step.ins], shape, step.scope), declared)
-        env.update(zip(step.outs, made, strict=True))
-    results = []
-    for v in program.outputs:
-        out = node(build, value(v))
-        results.append(take(build, out, numbers(build[out].shape[1:])))
-    return validate(reached(Graph(tuple(build), tuple(declared), tuple(results))))
 
 
 def _entries(step: Step) -> Format:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 from pquant_jax import _tree
 from pquant_jax._base import InputSpec, Tree, View
 from pquant_jax._errors import LoweringError, did_you_mean
-from pquant_jax.graph import Const, Instrumented, Step, bind, flatten
+from pquant_jax.graph import Const, Instrumented, Program, Step, bind, flatten
 from pquant_jax.lower._build import Nodes, Op, Operand, add, node, numbers, refusal, take
 from pquant_jax.lower._estimate import MAX_SIZE, check_size
 from pquant_jax.lower._rules import ADVICE, RANDOM, pick
@@ -60,30 +61,51 @@ def traced(
 
     program = flatten(jax.make_jaxpr(forward)(held, inst.sample))
     build: Nodes = []
-    env: dict[int, Operand] = {}
-    ports: list[int] = []
-    samples, specs = jax.tree.leaves(inst.sample), jax.tree.leaves(inst.inputs)
     leaves = jax.tree.leaves(held)
-    for slot, sample, port in zip(program.inputs[len(leaves) :], samples, specs, strict=True):
-        ports.append(add(build, "input", (), sample.shape[1:], "input", k=port.k, i=port.i, f=port.f))
-        env[slot] = take(build, ports[-1], numbers(sample.shape))
+    declared, env = data_ports(build, program.inputs[len(leaves) :], inst.sample, inst.inputs)
     loads = _Loads({}, set(program.inputs[: len(leaves)]))
     paths = [*_tree.flatten(held[0]), *([""] * len(jax.tree.leaves(held[1])))]
     for slot, path, leaf in zip(program.inputs, paths, leaves, strict=False):
         own = path in inst.sites and inst.sites[path].kind in _PARAMETERS
         env[slot] = _weight_port(build, loads, path, np.asarray(leaf), view) if own else np.asarray(leaf)
 
+    outputs = walk(build, program, env, declared, lambda op, step: _derived(op, step, loads, inst, view))
+    graph = reached(Graph(tuple(build), (*declared, *loads.values), outputs))
+    return validate(graph), list(loads.values.values())
+
+
+def data_ports(build: Nodes, slots: Sequence[int], sample: Tree, specs: Tree) -> tuple[dict[int, InputSpec], dict[int, Operand]]:
+    """Append an input node for every array of the sample, one of a batch; ({node: its format}, {slot: its value})."""
+    declared, env = dict[int, InputSpec](), dict[int, Operand]()
+    for slot, one, port in zip(slots, jax.tree.leaves(sample), jax.tree.leaves(specs), strict=True):
+        index = add(build, "input", (), one.shape[1:], "input", k=port.k, i=port.i, f=port.f)
+        declared[index] = port
+        env[slot] = take(build, index, numbers(one.shape))
+    return declared, env
+
+
+def walk(
+    build: Nodes,
+    program: Program,
+    env: dict[int, Operand],
+    declared: dict[int, InputSpec],
+    instead: Callable[[Op, Step], int | None] = lambda op, step: None,
+) -> tuple[int, ...]:
+    """Append the nodes of every step, or take the one that `instead(op, step)` gives; the outputs, without their batch axis.
+
+    env: the values of the program's inputs by slot, which those of the steps join.
+    """
+
     def read(v: int | Const) -> Operand:
         return np.asarray(v.value) if isinstance(v, Const) else env[v]
 
-    declared = dict(zip(ports, specs, strict=True))
     for step in program.steps:
-        op = Op(build, step.eqn, [read(v) for v in step.ins], _shape(step.eqn), step.scope)
-        made = _derived(op, step, loads, inst, view)
+        shape = tuple(step.eqn.outvars[0].aval.shape) if step.eqn.outvars else ()
+        op = Op(build, step.eqn, [read(v) for v in step.ins], shape, step.scope)
+        made = instead(op, step)
         env.update(zip(step.outs, lower_one(op, declared) if made is None else [made], strict=True))
-    results = [_sample(build, read(v)) for v in program.outputs]
-    graph = reached(Graph(tuple(build), (*ports, *loads.values), tuple(results)))
-    return validate(graph), list(loads.values.values())
+    outputs = [node(build, read(v)) for v in program.outputs]
+    return tuple(take(build, out, numbers(build[out].shape[1:])) for out in outputs)
 
 
 class _Loads(NamedTuple):
@@ -123,16 +145,6 @@ def _derived(op: Op, step: Step, loads: _Loads, inst: Instrumented, view: View) 
 def with_tables(inst: Instrumented, view: View, model_state: Tree) -> View:
     """The view with its integer tables, built if it has none."""
     return view if view.tables else view._replace(tables=inst.tables(view, model_state))
-
-
-def _shape(eqn: Any) -> tuple[int, ...]:
-    return tuple(eqn.outvars[0].aval.shape) if eqn.outvars else ()
-
-
-def _sample(build: Nodes, value: Operand) -> int:
-    """An output without its batch axis of length 1."""
-    out = node(build, value)
-    return take(build, out, numbers(build[out].shape[1:]))
 
 
 def lower_one(op: Op, ports: dict[int, InputSpec]) -> list[Operand]:

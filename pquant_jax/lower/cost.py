@@ -20,8 +20,9 @@ import numpy as np
 
 from pquant_jax._errors import DataError, LoweringError, did_you_mean
 from pquant_jax.lower.backends import _netlist as netlist
-from pquant_jax.lower.ir import Graph, Node, consumers, label, validate
-from pquant_jax.lower.ranges import Interval, intervals
+from pquant_jax.lower.ir import Graph, consumers
+from pquant_jax.lower.passes import subgraph
+from pquant_jax.lower.ranges import intervals
 from pquant_jax.lower.synth import synth
 
 FEATURES: Final = ("adder", "constant", "relu", "mux", "table", "wide_table", "multiplier", "dsp", "bits", "register", "shift")
@@ -103,40 +104,17 @@ def layer_names(graph: Graph) -> list[str]:
 
 
 def cut_layer(graph: Graph, name: str) -> Graph:
-    """The nodes of one layer (`layer_names`) as a graph: what it reads of others enters by ports, what others read leaves.
+    """The nodes of one layer (`layer_names`) as a graph (`passes.subgraph`): it has ports for what it reads of others.
 
-    A port has per element the format of the value's interval, so the layer computes what it does in `graph`.
     Raises: LoweringError for a layer without nodes, with the names of those that are there.
     """
     names, known, readers = layer_names(graph), intervals(graph), consumers(graph)
     inside = [j for j, own in enumerate(names) if own == name and graph.nodes[j].op != "const"]
     if not inside:
         raise LoweringError(f"no layer is called {name!r}; {did_you_mean(name, names)}")
-    place: dict[int, int] = {}
-    nodes: list[Node] = []
-    ports: list[int] = []
-    for j in inside:
-        for source in (*graph.nodes[j].inputs, j):
-            if source not in place:
-                place[source] = len(nodes)
-                made = graph.nodes[source]
-                if source in inside:
-                    made = Node(made.op, tuple(place[i] for i in made.inputs), made.shape, made.attrs, made.name)
-                elif made.op != "const":
-                    made = Node("input", (), made.shape, _port(known[source]), f"{label(graph, source)}")
-                ports += [len(nodes)] if made.op == "input" else []
-                nodes.append(made)
-    outputs = [j for j in inside if j in graph.outputs or any(names[reader] != name for reader in readers[j])]
-    return validate(Graph(tuple(nodes), tuple(ports), tuple(place[j] for j in outputs)))
-
-
-def _port(own: Interval) -> dict[str, np.ndarray]:
-    """The smallest format that holds an interval, per element."""
-    f = own.f.astype(np.int64)
-    codes = np.stack([np.ldexp(own.low, f), np.ldexp(own.high, f)]).astype(np.int64)
-    bits = np.frexp(np.maximum(-codes[0], codes[1] + 1) - 0.5)[1]  # of the larger of -low and high + 1
-    some = (codes != 0).any(axis=0)
-    return {"k": (codes[0] < 0).astype(np.int64), "i": np.where(some, bits - f, 0), "f": np.where(some, f, 0)}
+    read = sorted({i for j in inside for i in graph.nodes[j].inputs if names[i] != name and graph.nodes[i].op != "const"})
+    given = [j for j in inside if j in graph.outputs or any(names[reader] != name for reader in readers[j])]
+    return subgraph(graph, known, read, given)
 
 
 def synthesize_layers(

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from pquant_jax.lower.ir import Graph, Node, consumers, label, reached, validate
-from pquant_jax.lower.ranges import intervals, quantize_acts
+from pquant_jax.lower.ranges import Interval, intervals, narrowest, quantize_acts
 from pquant_jax.numerics.oracle import significant_bits
 
 COMMUTATIVE: Final = frozenset({"add", "mul", "max", "min", "eq", "ne"})
@@ -45,6 +45,35 @@ def simplify(graph: Graph) -> Graph:
         if len(smaller.nodes) == len(graph.nodes):
             return validate(smaller)
         graph = smaller
+
+
+def subgraph(graph: Graph, known: Sequence[Interval], inputs: Sequence[int], outputs: Sequence[int]) -> Graph:
+    """The nodes that `outputs` need of `graph`, down to `inputs`, as a graph of its own.
+
+    Every node of `inputs` becomes a port in the narrowest format per element of its interval (`known`, by `intervals`), so the
+    part computes what it does in `graph`; its name is the node's `label`.  Ports of `graph` that are needed besides follow.
+
+    >>> x, y = (Node("input", (), (1,), dict(k=1, i=2, f=0), name) for name in "xy")
+    >>> graph = Graph((x, Node("abs", (0,), (1,)), y, Node("add", (1, 2), (1,))), (0, 2), (3,))
+    >>> cut = subgraph(graph, intervals(graph), [1], [3])
+    >>> [(n.op, n.name, n.inputs) for n in cut.nodes], cut.nodes[0].attrs["k"].item()
+    ([('input', '%1 abs', ()), ('input', 'y', ()), ('add', '', (0, 1))], 0)
+    """
+    needed = {*inputs, *outputs}
+    for j in reversed(range(len(graph.nodes))):
+        if j in needed and j not in inputs:
+            needed.update(graph.nodes[j].inputs)
+    order = sorted(needed)
+    place = {j: n for n, j in enumerate(order)}
+
+    def cut(j: int) -> Node:
+        node = graph.nodes[j]
+        if j not in inputs:
+            return replace(node, inputs=tuple(place[m] for m in node.inputs))
+        return Node("input", (), node.shape, dict(zip("kif", narrowest(known[j]), strict=True)), label(graph, j))
+
+    ports = [*inputs, *(j for j in order if graph.nodes[j].op == "input" and j not in inputs)]
+    return validate(Graph(tuple(cut(j) for j in order), tuple(place[j] for j in ports), tuple(place[j] for j in outputs)))
 
 
 Rule = Callable[[int, Node, list[Node]], int | Node]

@@ -132,6 +132,36 @@ def format_bounds(k: np.ndarray, i: np.ndarray, f: np.ndarray) -> tuple[np.ndarr
     return np.where(alive, -k * np.ldexp(1.0, i), 0.0), high
 
 
+def narrowest(own: Interval) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """k, i, f of every element, int64: the format of the fewest bits that holds its interval; all 0 where it is always 0.
+
+    k = low < 0; i is the least with max(-low, high + 2^-f) <= 2^i and k + i + f > 0.
+
+    >>> codes = Interval(np.array([-2.0, 0.0, 0.0]), np.array([1.5, 0.75, 0.0]), np.array([1, 2, 0]))
+    >>> [v.tolist() for v in narrowest(codes)]
+    [[1, 0, 0], [1, 0, 0], [1, 2, 0]]
+    """
+    low, high, f = own
+    zero = (low == 0) & (high == 0)
+    f = np.where(zero, 0, f).astype(np.int64)
+    k = (low < 0).astype(np.int64)
+    span = np.maximum(-low, np.where(high > 0, high + np.ldexp(1.0, -f), 0.0))
+    _, exponent = np.frexp(np.where(zero, 1.0, span))
+    i = exponent - (np.ldexp(0.5, exponent) == span)  # least i with span <= 2^i
+    return k, np.where(zero, 0, np.maximum(i, 1 - k - f)).astype(np.int64), f
+
+
+def common_format(own: Interval) -> tuple[int, int, int]:
+    """k, i, f of the fewest bits that hold every element; (0, 0, 0) if all are always 0.
+
+    >>> common_format(Interval(np.array([-2.0, 0.0]), np.array([1.5, 0.75]), np.array([1, 2])))
+    (1, 1, 2)
+    """
+    k, i, f = (np.atleast_1d(v).ravel() for v in narrowest(own))
+    used = k + i + f > 0
+    return (int(k.max()), int(i[used].max()), int(f[used].max())) if used.any() else (0, 0, 0)
+
+
 def quantize_acts(node: Node, x: Interval) -> tuple[np.ndarray, np.ndarray]:
     """Where the `quantize` node with the input `x` can (round, overflow), bool arrays: elsewhere those modes don't matter.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -38,6 +38,34 @@ class RTLInfo(NamedTuple):
     latency_units: float
     inp_kifs: np.ndarray
     out_kifs: np.ndarray
+
+
+def describe(
+    directory: str | Path,
+    name: str,
+    flavor: str,
+    ports: tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]],
+    *,
+    stages: int,
+    reg_bits: int,
+    cost: float,
+    latency_units: float,
+) -> RTLInfo:
+    """The `RTLInfo` of what lies in `directory` with its sources in src/, pipelined with II = 1 if it has `stages`.
+
+    ports: k, i, f of every element of the input and of the output.
+
+    >>> figures = dict(stages=2, reg_bits=9, cost=7.0, latency_units=3.0)
+    >>> made = describe("net", "net", "verilog", ([(1, 2, 3), (0, 1, 0)], [(1, 4, 3)]), **figures)
+    >>> made.latency_cycles, made.inp_kifs.tolist()
+    (3, [[1, 0], [2, 1], [3, 0]])
+    """
+    target = Path(directory).absolute()
+    latency = stages + 1 if stages else 0  # a register before every stage and one behind the last
+    inp, out = (np.array(p, np.int64).reshape(len(p), 3).T for p in ports)
+    return RTLInfo(
+        name, target, target / "src", flavor, stages, latency, 1, int(reg_bits), float(cost), float(latency_units), inp, out
+    )
 
 
 def check_names(name: str, flavor: str, reserved: frozenset[str]) -> None:

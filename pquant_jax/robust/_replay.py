@@ -33,11 +33,7 @@ class Format(NamedTuple):
     @property
     def bits(self) -> Any:
         """k + i + f, 0 for a format without bits."""
-        return (
-            np.maximum(self.k + self.i + self.f, 0)
-            if isinstance(self.f, np.ndarray)
-            else jnp.maximum(self.k + self.i + self.f, 0)
-        )
+        return (self.k + self.i + self.f).clip(min=0)
 
 
 Hook = Callable[[str, Any, Format], Any]  # (site, quantized value, format) -> value

@@ -1,6 +1,7 @@
 """An experiment from its configuration to a proved netlist: run directories, and everything that is done in one."""
 
 from pquant_jax.run._doctor import Check, checks, skips
+from pquant_jax.run._forest import forest
 from pquant_jax.run._predict import predict
 from pquant_jax.run._report import write_report
 from pquant_jax.run._robust import robust
@@ -15,6 +16,7 @@ __all__ = [
     "Stopped",
     "checks",
     "explain",
+    "forest",
     "lower",
     "predict",
     "resume",

@@ -10,6 +10,8 @@ from typing import Final, NamedTuple
 
 from pquant_jax._errors import ToolError
 from pquant_jax.config import Experiment, compresses, quantizes
+from pquant_jax.lower.backends import hls4ml
+from pquant_jax.run._exports import hls_options
 
 
 class Check(NamedTuple):
@@ -88,10 +90,13 @@ def check_doors(experiment: Experiment) -> None:
     for package, asked in wanted.items():
         if asked and not importlib.util.find_spec(package):
             raise ToolError(f"the configuration asks for {package}, which is missing: `pip install {package}`")
-    if hardware.hls is not None and hardware.hls.simulate and not _on_path("g++"):
+    if hardware.hls is None:
+        return
+    if hardware.hls.simulate and not _on_path("g++"):
         raise ToolError(
             "hardware.hls is simulated with g++, which is missing (apt install g++); or set hardware.hls.simulate=false"
         )
+    hls4ml.check_options(**hls_options(experiment))
 
 
 def _version(package: str) -> str:

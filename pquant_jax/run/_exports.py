@@ -8,13 +8,21 @@ from typing import Any
 
 import numpy as np
 
-from pquant_jax.config import Hls
+from pquant_jax.config import Experiment, Hls
 from pquant_jax.lower import Graph, check_outputs
+from pquant_jax.lower.backends import hls4ml
 from pquant_jax.lower.emulate import emulate, flatten_batch
 from pquant_jax.run._log import Log, phase
-from pquant_jax.run._prepare import Prepared
+from pquant_jax.run._prepare import Prepared, untrained_graph
 
 ENGINES = {"qonnx": "qonnx", "onnx": "onnxruntime", "qdq": "onnxruntime"}
+
+
+def check(prepared: Prepared) -> None:
+    """Raise `LoweringError` before training for a model that hls4ml can't say, in whatever formats training may give it."""
+    hardware = prepared.experiment.hardware
+    if hardware.lower and hardware.hls is not None:
+        hls4ml.to_hls(untrained_graph(prepared, apart=True), "hls", **hls_options(prepared.experiment))
 
 
 def export(
@@ -43,16 +51,20 @@ def export(
             remarks.append(f"{path}, {len(model.graph.node)} nodes, 0 of {len(expected):,} vectors differ in {ENGINES[kind]}")
 
 
+def hls_options(experiment: Experiment) -> dict[str, Any]:
+    """What `hls4ml.to_hls` is asked for; hardware.part is one of Xilinx, which means nothing to the tools of others."""
+    hardware, asked = experiment.hardware, experiment.hardware.hls
+    assert asked is not None
+    options = asked.model_dump(exclude={"simulate"}) | {"clock_period": hardware.clock_period}
+    if asked.part is None and hls4ml.BACKENDS[asked.backend].part is not None:
+        options["part"] = hardware.part
+    return options
+
+
 def _hls(
     prepared: Prepared, asked: Hls, graph: Graph, inputs: Sequence[np.ndarray], expected: np.ndarray, folder: Path, summary: Any
 ) -> str:
-    from pquant_jax.lower.backends import hls4ml
-
-    hardware = prepared.experiment.hardware
-    model = hls4ml.to_hls(
-        graph, folder, project_name="model", backend=asked.backend, io_type=asked.io_type, strategy=asked.strategy,
-        reuse_factor=asked.reuse_factor, layers=asked.layers, part=hardware.part, clock_period=hardware.clock_period,
-    )  # fmt: skip
+    model = hls4ml.to_hls(graph, folder, project_name="model", **hls_options(prepared.experiment))
     what = f"{folder}, {asked.backend} {asked.io_type}, {len(model.layers)} layers"
     if not asked.simulate:
         hls4ml.write(model, overwrite=True)

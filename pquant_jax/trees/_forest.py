@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -44,6 +46,27 @@ class Tree(NamedTuple):
     left: Any
     right: Any
     value: Any
+
+
+def unnested(item: Any, read: Callable[[Any], float | tuple[int, float, Any, Any]]) -> Tree:
+    """A tree of nested nodes; read(node) is a leaf's value, or (feature, threshold, left node, right node).
+
+    >>> unnested((0, 0.5, 3.0, 4.0), lambda v: v).left
+    [1, 1, 2]
+    """
+    rows: list[list] = []
+
+    def put(item: Any) -> int:
+        at, found = len(rows), read(item)
+        if isinstance(found, tuple):
+            rows.append([*found[:2], 0, 0, 0.0])
+            rows[at][2], rows[at][3] = put(found[2]), put(found[3])
+        else:
+            rows.append([-1, 0.0, at, at, found])
+        return at
+
+    put(item)
+    return Tree(*map(list, zip(*rows, strict=True)))
 
 
 def join(
@@ -135,9 +158,23 @@ def scores(forest: Forest, x: np.ndarray) -> np.ndarray:
     return reached @ adds + forest.base
 
 
-def depth(forest: Forest) -> int:
-    """Splits on the longest way from a root to a leaf."""
+def heights(forest: Forest) -> np.ndarray:
+    """Splits on the longest way from each node to a leaf, int64 (nodes,)."""
     height = np.zeros(len(forest.feature), np.int64)
     for j in np.flatnonzero(forest.feature >= 0)[::-1]:  # children come behind their parents
         height[j] = 1 + max(height[forest.left[j]], height[forest.right[j]])
-    return int(height[forest.root].max(initial=0))
+    return height
+
+
+def depth(forest: Forest) -> int:
+    """Splits on the longest way from a root to a leaf."""
+    return int(heights(forest)[forest.root].max(initial=0))
+
+
+def read_bytes(path: Any, others: str) -> bytes:
+    """The bytes of a file.  Raises: DataError if it is none; others: what the caller takes besides a path."""
+    if not isinstance(path, str | os.PathLike):
+        raise DataError(f"got a {type(path).__name__}, expected a path, {others}")
+    if not Path(path).is_file():
+        raise DataError(f"{path} is not a file")
+    return Path(path).read_bytes()

@@ -12,7 +12,7 @@ import numpy as np
 
 from pquant_jax._errors import DataError, SearchError
 from pquant_jax.numerics import oracle
-from pquant_jax.trees._forest import Tree, join, leaves, scores
+from pquant_jax.trees._forest import join, leaves, scores, unnested
 from pquant_jax.trees._graph import luts, question_luts
 from pquant_jax.trees._quantize import QuantizedForest, codes, encode, port_codes
 
@@ -42,7 +42,7 @@ def simplify(made: QuantizedForest) -> QuantizedForest:
     splits with equal subtrees on both sides, and trees that are one leaf, which go into the base.
 
     >>> from pquant_jax import InputSpec
-    >>> from pquant_jax.trees import quantize
+    >>> from pquant_jax.trees import Tree, quantize
     >>> twice = Tree([0, 0, -1, -1, -1], [1.0, 2.0, 0, 0, 0], [1, 3, 0, 0, 0], [2, 4, 0, 0, 0], [0, 0, 1.0, 2.0, 3.0])
     >>> small = simplify(quantize(join([twice], [0], [0.0], 1), InputSpec(1, 3, 0)))
     >>> small.forest.feature.tolist(), small.forest.threshold.tolist()
@@ -64,31 +64,20 @@ def simplify(made: QuantizedForest) -> QuantizedForest:
         right = smaller(int(forest.right[j]), {**low, feature: code + 1}, high)
         return left if left == right else _Split(feature, code, left, right)
 
+    def read(item: Any) -> Any:
+        if isinstance(item, float):
+            return item
+        return item.feature, float(np.ldexp(float(item.code), -int(made.inputs.f[item.feature]))), item.left, item.right
+
     base, trees, output = forest.base.copy(), [], []
     for root, o in zip(forest.root, forest.output, strict=True):
         tree = smaller(int(root), {}, {})
         if isinstance(tree, float):
             base[o] += tree
         else:
-            trees.append(_flat(tree, made.inputs.f))
+            trees.append(unnested(tree, read))
             output.append(int(o))
     return made._replace(forest=join(trees, output, base, forest.features))
-
-
-def _flat(tree: Any, f: np.ndarray) -> Tree:
-    rows: list[list] = []
-
-    def put(item: Any) -> int:
-        at = len(rows)
-        if isinstance(item, float):
-            rows.append([-1, 0.0, at, at, item])
-            return at
-        rows.append([item.feature, float(np.ldexp(float(item.code), -int(f[item.feature]))), 0, 0, 0.0])
-        rows[at][2], rows[at][3] = put(item.left), put(item.right)
-        return at
-
-    put(tree)
-    return Tree(*map(list, zip(*rows, strict=True)))
 
 
 def prune(

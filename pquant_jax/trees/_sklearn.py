@@ -19,6 +19,7 @@ def from_sklearn(model: Any) -> Forest:
     * `predict_proba` of a random forest or a single tree that classifies (one output per class),
     * `predict` of a regressor, with the logarithm of HistGradientBoosting's poisson and gamma losses left on.
 
+    The model is the live object: its files are pickles, which run the code in them, so loading one is the caller's decision.
     scikit-learn rounds x to float32 and compares x <= threshold in float64; HistGradientBoosting does not round.
     Raises: DataError for another or an unfitted model; LoweringError for categorical splits, splits on missing values,
     several targets, and an `init` estimator that depends on x.

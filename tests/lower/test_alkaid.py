@@ -1,9 +1,10 @@
-"""alkaid netlists against the emulator on random graphs, what is refused, and the files that are written."""
+"""alkaid netlists and RTL against the emulator, and what is refused; what both backends must do is in test_rtl.py."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,17 +17,13 @@ from pquant_jax.lower.emulate import emulate, flatten_batch, port_grid
 from pquant_jax.lower.ir import Graph, Node, validate
 from pquant_jax.numerics.oracle import OVERFLOWS, ROUNDINGS
 
-from .random_graphs import KINDS, const, dense, node, port, quantized, random_graph
+from . import netlists
+from .netlists import model
+from .random_graphs import KINDS, const, node, random_graph
 
 PAIRS = [(r, o) for r in ROUNDINGS for o in OVERFLOWS]
+compare = partial(netlists.compare, alkaid, n=200)
 needs_simulator = pytest.mark.skipif(bool(sim.missing_tools()), reason="; ".join(sim.missing_tools()))
-
-
-def compare(graph: Graph, rng: np.random.Generator, n: int = 200) -> None:
-    """Emulator and alkaid's interpreter on all codes of the ports, and on reals that are off the grid and outside."""
-    comb = to_comb(graph)
-    for x in (port_grid(graph, n, rng), [3.3 * v + 0.01 for v in port_grid(graph, n, rng)]):
-        np.testing.assert_array_equal(predict(comb, flatten_batch(x)), flatten_batch(emulate(graph, x)))
 
 
 @pytest.mark.parametrize("modes", PAIRS, ids="-".join)
@@ -34,25 +31,6 @@ def test_netlist_equals_emulator_in_every_mode(modes):
     rng = np.random.default_rng([1, PAIRS.index(modes)])
     for kind in KINDS:
         compare(random_graph(rng, kind, modes), rng)
-
-
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-@pytest.mark.parametrize("overflow", OVERFLOWS)
-def test_one_quantizer_on_every_code(rounding, overflow):
-    """Signed and unsigned, negated or not, every small format, zero width and negative i and f included."""
-    forms = [(k, i, f) for k in (0, 1) for i in range(-2, 4) for f in range(-2, 4)]
-    k, i, f = (np.array(v, np.int64) for v in zip(*forms, strict=True))
-    for source in ((0, 1, 2), (1, -1, 3)):
-        nodes: list[Node] = []
-        x = node(nodes, "input", (), (1,), k=source[0], i=source[1], f=source[2])
-        wide = node(nodes, "take", (x,), (len(forms),), index=np.zeros(len(forms), np.int64))
-        signs = (wide, node(nodes, "neg", (wide,)))
-        at = {"k": k, "i": i, "f": f, "rounding": rounding, "overflow": overflow}
-        outputs = tuple(node(nodes, "quantize", (s,), **at) for s in signs)
-        graph = validate(Graph(tuple(nodes), (x,), outputs))
-        codes = np.arange(-source[0] * 2 ** (source[1] + source[2]), 2 ** (source[1] + source[2]))
-        values = np.ldexp(codes.astype(float), -source[2])[:, None]
-        np.testing.assert_array_equal(predict(to_comb(graph), values), flatten_batch(emulate(graph, [values])))
 
 
 def a_bit_of_a_shifted_value() -> Graph:
@@ -146,56 +124,6 @@ def test_more_than_32_bits_are_exact():
     compare(validate(Graph(tuple(nodes), (x,), (products, size, x))), np.random.default_rng(5))
 
 
-def test_constants_unused_inputs_and_missing_bits(tmp_path):
-    rng = np.random.default_rng(8)
-    nodes: list[Node] = []
-    x = node(nodes, "input", (), (3,), k=1, i=2, f=2)
-    nothing = node(nodes, "input", (), (2,), k=1, i=-2, f=1)  # a port without bits
-    first = node(nodes, "take", (x,), (2,), index=np.array([0, -1]))  # elements 1 and 2 of x are never used
-    absent = node(nodes, "add", (nothing, const(nodes, [-1.5, 2.0])))
-    size = node(nodes, "abs", (absent,))
-    constant = const(nodes, [[-0.75, 0.0]])
-    graph = validate(Graph(tuple(nodes), (x, nothing), (first, absent, size, constant)))
-    compare(graph, rng)
-    compare(graph._replace(outputs=(constant,)), rng)
-    compare(graph._replace(outputs=(nothing, size)), rng)
-    info = write_rtl(to_comb(graph), tmp_path / "net", name="net")
-    assert info.inp_kifs.sum(0).tolist() == [5, 0, 0, 0, 0]
-
-
-def model(rng: np.random.Generator) -> Graph:
-    """A dense layer with a residual connection and a table."""
-    nodes: list[Node] = []
-    x = port(nodes, (6,), rng)
-    a = quantized(nodes, x, rng, ("RND", "SAT"))
-    b = dense(nodes, a, 6, rng, ("RND", "SAT"))
-    at = {"k": np.ones(6, int), "i": np.full(6, 2), "f": np.full(6, 3)}
-    q = node(nodes, "quantize", (node(nodes, "add", (a, b)),), rounding="TRN", overflow="WRAP", **at)
-    codes = rng.integers(-40, 40, (1, 64))
-    y = node(nodes, "table", (q,), codes=codes, which=np.zeros(6, int), f_out=np.full(1, 3), **at)
-    return validate(Graph(tuple(nodes), (x,), (y, b)))
-
-
-@pytest.mark.parametrize("flavor", ["verilog", "vhdl"])
-def test_written_project(flavor, tmp_path):
-    comb = to_comb(model(np.random.default_rng(11)))
-    suffix = {"verilog": ".v", "vhdl": ".vhd"}[flavor]
-    flat = write_rtl(comb, tmp_path / "a" / "flat", name="net", flavor=flavor)
-    assert (flat.stages, flat.latency_cycles, flat.reg_bits) == (0, 0, 0)
-    assert not any("clk" in line for line in (flat.src / f"net{suffix}").read_text().splitlines())
-    piped = write_rtl(comb, tmp_path / "a" / "piped", name="net", flavor=flavor, latency_cutoff=2)
-    assert piped.stages == len(list(piped.src.glob(f"logic*{suffix}"))) > 1
-    assert piped.latency_cycles == piped.stages + 1 and piped.ii == 1 and piped.reg_bits > 0
-    assert (piped.src / f"net_tables{suffix}").exists()
-    one = write_rtl(comb, tmp_path / "a" / "one", name="net", flavor=flavor, latency_cutoff=1000)
-    assert (one.stages, one.latency_cycles) == (1, 2)
-    for info in (flat, piped, one):
-        assert info.directory.is_absolute() and info.src.is_dir() and info.flavor == flavor
-        assert info.inp_kifs.shape == (3, 6) and info.out_kifs.shape == (3, 12)
-        assert info.cost > 0 and info.latency_units == max(comb.latency)
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["flat", "one", "piped"]
-
-
 @needs_simulator
 def test_verilog_equals_the_emulator_combinational_and_pipelined(tmp_path):
     rng = np.random.default_rng(12)
@@ -205,50 +133,6 @@ def test_verilog_equals_the_emulator_combinational_and_pipelined(tmp_path):
         rtl = write_rtl(comb, tmp_path / name, name="net", latency_cutoff=cutoff)
         found = sim.simulate(rtl, flatten_batch(x), work=tmp_path / "sim")
         np.testing.assert_array_equal(found, flatten_batch(emulate(graph, x)))
-
-
-def test_existing_project_is_kept_unless_told(tmp_path):
-    comb = to_comb(model(np.random.default_rng(12)))
-    target = tmp_path / "net"
-    write_rtl(comb, target, name="net")
-    (target / "mine.txt").write_text("precious")
-    with pytest.raises(LoweringError, match="exists; pass overwrite=True"):
-        write_rtl(comb, target, name="net")
-    assert (target / "mine.txt").exists()
-    write_rtl(comb, target, name="other", overwrite=True)
-    assert (target / "src" / "other.v").exists() and [p.name for p in tmp_path.iterdir()] == ["net"]
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"name": "9net"}, "name is '9net'"),
-        ({"name": "ternary_adder"}, "none of binop"),
-        ({"name": "logic12"}, "alkaid names modules beside it so"),
-        ({"name": "net", "flavor": "verilo"}, "did you mean 'verilog'"),
-    ],
-)
-def test_bad_names_and_flavors(options, words, tmp_path):
-    with pytest.raises(LoweringError, match=words):
-        write_rtl(to_comb(model(np.random.default_rng(13))), tmp_path / "net", **options)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
-    import alkaid.codegen
-
-    def fail(self, *args, **kwargs):
-        raise AssertionError("unexpected shift")
-
-    monkeypatch.setattr(alkaid.codegen.RTLModel, "write", fail)
-    with pytest.raises(LoweringError, match=r"alkaid failed while writing RTL \(AssertionError: unexpected shift\)"):
-        write_rtl(to_comb(model(np.random.default_rng(13))), tmp_path / "net", name="net")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_wrong_number_of_values_is_an_error():
-    with pytest.raises(LoweringError, match="has 6 input values per sample, got 5"):
-        predict(to_comb(model(np.random.default_rng(14))), np.zeros((3, 5)))
 
 
 def test_both_packages_give_the_same_integers():

@@ -182,6 +182,9 @@ def test_every_reuse_factor_is_valid_or_refused(tmp_path):
         (dict(layers={"dense_0": {"Reuse": 2}}), "did you mean 'ReuseFactor"),
         (dict(layers={"dense_0": {"Precision": {"result": "fixed<8,4>"}}}), "the graph needs"),
         (dict(config={"Models": {}}), "expected Model and LayerName"),
+        (dict(config={"Model": {"Reuse": 2}}), "did you mean 'ReuseFactor"),
+        (dict(config={"Model": {"BitExact": True}}), "leave it out"),
+        (dict(backend="VivadoAccelerator", part="xc7z020clg400-1"), "that of the board.*leave it out"),
         (dict(strategy="distributed_arithmetic", reuse_factor=2), "it can have 1"),
     ],
 )
@@ -189,6 +192,12 @@ def test_refused_before_anything_is_written(tmp_path, options, message):
     with pytest.raises(LoweringError, match=message):
         hls.to_hls(dense(), tmp_path / "p", **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_options_are_refused_without_a_graph():
+    hls.check_options(backend="Vivado", strategy="resource", reuse_factor=4, layers={"dense_7": {"ReuseFactor": 3}})
+    with pytest.raises(LoweringError, match="did you mean 'ReuseFactor"):
+        hls.check_options(layers={"dense_7": {"Reuse": 3}})
 
 
 def test_streams_take_one_format_per_tensor(tmp_path):

@@ -406,7 +406,7 @@ def test_a_program_that_takes_too_long_ends_with_its_children(tmp_path):
 @pytest.mark.skipif(bool(synth.missing_tools()) or not shutil.which("make"), reason="no Yosys or make")
 def test_make_synth_counts_as_synth_does(project, tmp_path):
     shutil.copytree(project.directory, tmp_path / "p")
-    sim.run_tool(["make", "synth", f"YOSYS={synth._yosys()}"], cwd=tmp_path / "p", timeout=600)
-    counted = synth._count(tmp_path / "p" / "reports" / "yosys.json")
+    sim.run_tool(["make", "synth", f"YOSYS={synth.find_yosys()}"], cwd=tmp_path / "p", timeout=600)
+    counted = synth.read_cells(tmp_path / "p" / "reports" / "yosys.json")
     want = synth.synth(project.rtl["verilog"])
     assert counted == {key: want[key] for key in counted} and counted["lut"] > 50 and counted["ff"] > 50

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 
@@ -216,7 +215,7 @@ def jets_like(n: int = 600) -> tuple[np.ndarray, np.ndarray]:
     return x, np.digitize(x[:, 0] * x[:, 1] + x[:, 2], [-0.5, 0.5])
 
 
-def test_scikit_learn_with_quantized_arrays_is_the_same_function():
+def test_scikit_learn_with_quantized_arrays_is_the_same_function(benchmark_module):
     """The oracle that knows nothing of this package: the model itself with our thresholds and leaves written into it."""
     pytest.importorskip("sklearn")
     from sklearn.ensemble import GradientBoostingClassifier
@@ -224,12 +223,7 @@ def test_scikit_learn_with_quantized_arrays_is_the_same_function():
     x, y = jets_like()
     model = GradientBoostingClassifier(n_estimators=4, max_depth=4, random_state=0).fit(x, y)
     made = quantize(from_sklearn(model), InputSpec(1, 3, 5), leaves=7)
-    oracle = copy.deepcopy(model)
-    oracle.learning_rate, oracle.init_ = 1.0, "zero"
-    for start, estimator in zip(made.forest.root, oracle.estimators_.ravel(), strict=True):
-        own = slice(start, start + estimator.tree_.node_count)
-        estimator.tree_.threshold[:] = made.forest.threshold[own]
-        estimator.tree_.value[:, 0, 0] = made.forest.value[own]
+    oracle = benchmark_module("hardware_trees").rewritten(model, made)
     comb = da4ml.to_comb(to_graph(made))
     others = {"scikit-learn": lambda v: oracle.decision_function(v) + made.forest.base}
     result = prove(made, x, comb=comb, others=others, vectors=3000)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pquant_jax._errors import DataError, LoweringError
-from pquant_jax.trees import Forest, depth, from_lightgbm, from_sklearn, from_xgboost, leaves, scores
+from pquant_jax._errors import DataError, LoweringError, ToolError
+from pquant_jax.trees import Forest, depth, from_lightgbm, from_sklearn, from_xgboost, leaves, load, scores
 
 HERE = Path(__file__).parent
 
@@ -83,6 +86,109 @@ def test_dumps_without_the_libraries(name):
     text = path.read_text()
     again = from_xgboost(json.loads(text)) if name.startswith("xgboost") else from_lightgbm(text)
     np.testing.assert_array_equal(again.threshold, forest.threshold)
+
+
+def same_scores(forest: Forest, other: Forest) -> None:
+    """Bit for bit: thresholds and leaves are the same numbers, in another order of nodes."""
+    x = np.concatenate([np.load(HERE / "margins.npz")["x"], on_the_edge(other, np.float32)])
+    np.testing.assert_array_equal(scores(forest, x), scores(other, x))
+    for field in ("threshold", "value"):
+        np.testing.assert_array_equal(np.sort(getattr(forest, field)), np.sort(getattr(other, field)))
+    assert (forest.strict, forest.dtype, forest.features) == (other.strict, other.dtype, other.features)
+
+
+def test_xgboost_nested_dumps():
+    saved = from_xgboost(HERE / "xgboost_5.json")
+    about = dict(base_margin=saved.base, features=16)
+    trees = json.loads((HERE / "xgboost_5_dump.json").read_text())
+    for model in (HERE / "xgboost_5_dump.json", trees, [json.dumps(tree) for tree in trees]):
+        same_scores(from_xgboost(model, **about), saved)
+    same_scores(load(HERE / "xgboost_5_dump.json", **about), saved)
+    names = [f"x{j}" for j in range(16)]
+    named = json.loads(json.dumps(trees).replace('"split": "f', '"split": "x'))
+    same_scores(from_xgboost(named, base_margin=saved.base, features=names), saved)
+    with pytest.raises(DataError, match="asks for feature 'x.*', features are f0, f1, f2, f3 ...; give their number"):
+        from_xgboost(named, **about)
+    with pytest.raises(DataError, match="neither base score nor number of features: give base_margin and features, or"):
+        from_xgboost(trees)
+    with pytest.raises(DataError, match="give base_margin, or"):
+        from_xgboost(trees, features=16)
+    with pytest.raises(DataError, match="10 trees can't take turns among the outputs of base_margin, an array of shape .3,"):
+        from_xgboost(trees, base_margin=[0.0] * 3, features=16)
+    with pytest.raises(DataError, match="are for a dump"):
+        from_xgboost(HERE / "xgboost_5.json", **about)
+    with pytest.raises(DataError, match="dump_format='json'"):
+        from_xgboost(["0:[f0<0.5] yes=1,no=2,missing=2"], **about)
+    stump = {"nodeid": 0, "split": "f0", "split_condition": [1, 3], "yes": 1, "no": 2, "children": []}
+    with pytest.raises(LoweringError, match="split of 'f0' asks for categories"):
+        from_xgboost([stump], base_margin=0.0, features=1)
+    with pytest.raises(LoweringError, match="vector"):
+        from_xgboost([{"nodeid": 0, "leaf": [1.0, 2.0]}], base_margin=0.0, features=1)
+    with pytest.raises(DataError, match="split of 'b' has no threshold: an indicator"):
+        from_xgboost([{"nodeid": 0, "split": "b", "yes": 1, "no": 2}], base_margin=0.0, features=["b"])
+    with pytest.raises(DataError, match="no model of XGBoost .KeyError: 'children'"):
+        from_xgboost([{"nodeid": 0, "split": "f0", "split_condition": 1.0}], base_margin=0.0, features=1)
+
+
+def test_xgboost_ubjson(monkeypatch):
+    """Through whichever package is there; without one the error says how to get JSON."""
+    saved = from_xgboost(HERE / "xgboost_5.json")
+    path = HERE / "xgboost_5.ubj"
+    calls = []
+
+    def loadb(raw: bytes, *, no_bytes: bool) -> dict:
+        calls.append((raw, no_bytes))
+        return json.loads((HERE / "xgboost_5.json").read_text())
+
+    find = importlib.util.find_spec
+    here = {"ubjson": types.SimpleNamespace(loadb=loadb)}
+    with monkeypatch.context() as without:
+        without.setattr(importlib.util, "find_spec", lambda name, *a: None if name in ("xgboost", "ubjson") else find(name, *a))
+        with pytest.raises(ToolError, match=r"xgboost_5.ubj is UBJSON.*pip install xgboost-cpu.*save_model\('m.json'\)"):
+            from_xgboost(path)
+        without.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "xgboost" else here.get(name))
+        without.setitem(sys.modules, "ubjson", here["ubjson"])
+        same_scores(from_xgboost(path), saved)
+        assert calls == [(path.read_bytes(), True)]
+    pytest.importorskip("xgboost")
+    same_scores(from_xgboost(path), saved)
+    same_scores(load(path), saved)
+
+
+def test_lightgbm_dump_model(tmp_path):
+    saved = from_lightgbm(HERE / "lightgbm_5.txt")
+    dump = json.loads((HERE / "lightgbm_5.json").read_text())
+    for forest in (from_lightgbm(HERE / "lightgbm_5.json"), from_lightgbm(dump), load(HERE / "lightgbm_5.json")):
+        same_scores(forest, saved)
+    same_scores(load(HERE / "lightgbm_5.txt"), saved)
+
+    def stump(**changes):
+        leaves = {"left_child": {"leaf_index": 0, "leaf_value": 1.0}, "right_child": {"leaf_index": 1, "leaf_value": 2.0}}
+        split = {"split_feature": 0, "threshold": 0.5, "decision_type": "<=", "default_left": True, "missing_type": "None"}
+        tree = {"tree_structure": {**split, **leaves, **changes}}
+        return {"num_tree_per_iteration": 1, "max_feature_idx": 0, "tree_info": [tree]}
+
+    edges = np.array([[0.0], [1e-36], [-1e-36], [1.0], [-1.0]])
+    assert scores(from_lightgbm(stump(threshold=0.0)), edges).ravel().tolist() == [1, 1, 1, 2, 1]
+    assert scores(from_lightgbm(stump(threshold=-1e-36)), edges).ravel().tolist() == [2, 2, 2, 2, 1]
+    for changes, words in (
+        ({"decision_type": "==", "threshold": "1||3"}, "categories"),
+        ({"missing_type": "Zero", "default_left": False}, "0 counts as missing"),
+        ({"threshold": 1e300}, "missing"),
+        ({"left_child": {"leaf_value": 1.0, "leaf_coeff": [0.5]}}, "linear"),
+    ):
+        with pytest.raises(LoweringError, match=words):
+            from_lightgbm(stump(**changes))
+    with pytest.raises(DataError, match="no model of LightGBM .KeyError: .Odd"):
+        from_lightgbm(stump(missing_type="Odd"))
+
+
+def test_load_tells_files_by_their_content(tmp_path):
+    for name, words in (("a pickle", b"\x80\x04"), ("no JSON", b"nonsense"), ("no model of XGBoost", b"{}"), ("no JSON", b"")):
+        (tmp_path / "m").write_bytes(words)
+        with pytest.raises(DataError, match=name):
+            load(tmp_path / "m")
+    same_scores(load(HERE / "xgboost_2.json"), from_xgboost(HERE / "xgboost_2.json"))
 
 
 OBJECTIVES = ["binary:logistic", "binary:logitraw", "reg:logistic", "count:poisson", "reg:gamma", "reg:tweedie", "survival:aft",

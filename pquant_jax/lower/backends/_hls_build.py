@@ -91,28 +91,15 @@ def add(project: Project, name: str, kind: str, inputs: Sequence[str], shape: Se
     return name
 
 
-def view(project: Project, node: int, shape: Sequence[int] | None = None) -> str:
+def view(project: Project, node: int, shape: Sequence[int]) -> str:
     """The name of the layer that holds `node`, behind a Reshape where it has another shape."""
-    name = project.where[node]
-    if shape is None or project.shapes[name] == plain(shape):
+    name, want = project.where[node], tuple(int(n) for n in shape)
+    if project.shapes[name] == want:
         return name
-    key = name, plain(shape)
-    if key not in project.views:
+    if (name, want) not in project.views:
         new = unique(project, name, "_view")
-        project.views[key] = add(project, new, "Reshape", [name], key[1], project.types[name], target_shape=list(key[1]))
-    return project.views[key]
-
-
-def view_exact(p: Project, node: int, shape: Sequence[int]) -> str:
-    """`view` that keeps axes of one element, which windows need."""
-    name = p.where[node]
-    want = tuple(int(n) for n in shape)
-    if p.shapes[name] == want:
-        return name
-    key = name, want
-    if key not in p.views:
-        p.views[key] = add(p, unique(p, name, "_view"), "Reshape", [name], want, p.types[name], target_shape=list(want))
-    return p.views[key]
+        project.views[name, want] = add(project, new, "Reshape", [name], want, project.types[name], target_shape=list(want))
+    return project.views[name, want]
 
 
 def floats(values: np.ndarray) -> np.ndarray:

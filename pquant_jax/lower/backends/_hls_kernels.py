@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 
 from pquant_jax.lower._indices import Geometry
-from pquant_jax.lower.backends._hls_build import Project, add, floats, unique, view, view_exact
+from pquant_jax.lower.backends._hls_build import Project, add, floats, unique, view
 from pquant_jax.lower.backends._hls_types import Fixed, accumulator, array_type, tensor_type
 from pquant_jax.lower.structure import Layer
 
@@ -38,14 +38,14 @@ def emit_dense(p: Project, layer: Layer) -> None:
         return
     at = dict(in_width=shape[0], out_width=shape[0], n_chan=n_in, n_filt=n_out, filt_width=1, stride_width=1)
     at |= dict(pad_left=0, pad_right=0, weight_data=floats(kernel[None]))
-    source = view_exact(p, layer.inputs[0], shape)
+    source = view(p, layer.inputs[0], shape)
     add(p, name, "Conv1D", [source], (shape[0], n_out), result, **at, **data)
 
 
 def channels_last(p: Project, layer: Layer) -> str:
     """The input of a convolution or pool as (*space, channels)."""
     g = layer.attrs["geometry"]
-    name = view_exact(p, layer.inputs[0], g.in_shape)
+    name = view(p, layer.inputs[0], g.in_shape)
     if g.channels_last:
         return name
     perm = [*range(1, len(g.in_shape)), 0]
@@ -71,19 +71,16 @@ def emit_conv(p: Project, layer: Layer) -> None:
     g = g._replace(size=kernel.shape[:rank], dilation=(1,) * rank)
     name = unique(p, layer.name, "")
     depthwise = groups == g.channels == kernel.shape[-1] and groups > 1 and p.strategy(name) == "latency"
-    if not depthwise:
-        kernel = _ungrouped(kernel, groups)
+    n_filt = kernel.shape[-1]
     if depthwise:
         kernel = np.swapaxes(kernel, -1, -2)  # (*size, channels, 1)
-    result, types = _sums(p, layer, kernel, bias)
-    n_filt = g.channels if depthwise else kernel.shape[-1]
-    at = dict(**_axes(g, "filt"), n_chan=g.channels, n_filt=n_filt, data_format="channels_last", precision=types)
-    at |= dict(bias_data=None if bias is None else floats(bias), output=layer.output)
-    at |= {"depthwise_data" if depthwise else "weight_data": floats(kernel)}
-    if depthwise:
-        at |= dict(depth_multiplier=1)
+        own: dict[str, Any] = dict(depthwise_data=floats(kernel), depth_multiplier=1)
     else:
-        at |= dict(products=(int(np.prod(g.size)) * g.channels, n_filt))
+        kernel = _ungrouped(kernel, groups)
+        own = dict(weight_data=floats(kernel), products=(int(np.prod(g.size)) * g.channels, n_filt))
+    result, types = _sums(p, layer, kernel, bias)
+    at = dict(**_axes(g, "filt"), n_chan=g.channels, n_filt=n_filt, data_format="channels_last", precision=types, **own)
+    at |= dict(bias_data=None if bias is None else floats(bias), output=layer.output)
     kind = f"{'Depthwise' if depthwise else ''}Conv{rank}D"
     add(p, name, kind, [channels_last(p, layer)], (*g.positions, n_filt), result, **at)
 
@@ -115,7 +112,7 @@ def emit_einsum(p: Project, layer: Layer) -> None:
     if at["kernel"] is not None:
         _einsum_dense(p, layer, name, at["equation"], shapes[0], at["kernel"], at["out_shape"])
         return
-    sources = [view_exact(p, j, s) for j, s in zip(layer.inputs, shapes, strict=True)]
+    sources = [view(p, j, s) for j, s in zip(layer.inputs, shapes, strict=True)]
     wide = accumulator(result, [(p.types[sources[0]], p.types[sources[1]])], None)
     more = dict(equation=at["equation"], inp0_shape=shapes[0], inp1_shape=shapes[1], out_shape=at["out_shape"])
     add(p, name, "Einsum", sources, at["out_shape"], result, output=layer.output, precision={"accum": wide}, **more)
@@ -131,7 +128,7 @@ def _einsum_dense(
     more["output"] = layer.output
     if p.strategy(name) == "resource":
         more["config"] = {"Strategy": "latency"}  # hls4ml has no other for it
-    add(p, name, "EinsumDense", [view_exact(p, layer.inputs[0], shape)], out, result, precision=types, **more)
+    add(p, name, "EinsumDense", [view(p, layer.inputs[0], shape)], out, result, precision=types, **more)
 
 
 def emit_reduce(p: Project, layer: Layer) -> None:
@@ -144,7 +141,7 @@ def emit_reduce(p: Project, layer: Layer) -> None:
             at = {"in_height": space[0], "in_width": space[1]}
         result = tensor_type(p.known[layer.output])
         more = dict(n_filt=channels, data_format="channels_last", precision={"accum": p.types[p.where[layer.inputs[0]]]})
-        add(p, name, kind, [view_exact(p, layer.inputs[0], shape)], (channels,), result, output=layer.output, **at, **more)
+        add(p, name, kind, [view(p, layer.inputs[0], shape)], (channels,), result, output=layer.output, **at, **more)
         return
     if p.stream:
         _sum_of_positions(p, layer, name, shape)
@@ -154,7 +151,7 @@ def emit_reduce(p: Project, layer: Layer) -> None:
         n = int(np.prod(shape))
         result, types = _sums(p, layer, np.ones((n, 1)), None)
         at = dict(n_in=n, n_out=1, weight_data=np.ones((n, 1)), bias_data=None, data_format="channels_last", products=(n, 1))
-        add(p, name, "Dense", [view_exact(p, layer.inputs[0], (n,))], (1,), result, output=layer.output, precision=types, **at)
+        add(p, name, "Dense", [view(p, layer.inputs[0], (n,))], (1,), result, output=layer.output, precision=types, **at)
         return
     letters = _LETTERS[: len(shape)]
     equation = f"{letters},{''.join(letters[d] for d in axes)}->{''.join(letters[d] for d in kept)}"
@@ -166,7 +163,7 @@ def _sum_of_positions(p: Project, layer: Layer, name: str, shape: Sequence[int])
     space, channels = tuple(shape[:-1]), shape[-1]
     rank = len(space)
     g = Geometry(space, space, (1,) * rank, (1,) * rank, ((0, 0),) * rank, (1,) * rank, channels, True)
-    _depthwise(p, layer, name, view_exact(p, layer.inputs[0], shape), g, 1.0)
+    _depthwise(p, layer, name, view(p, layer.inputs[0], shape), g, 1.0)
 
 
 def _depthwise(p: Project, layer: Layer, name: str, source: str, g: Geometry, weight: float) -> None:

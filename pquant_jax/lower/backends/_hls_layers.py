@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from pquant_jax.lower.backends._hls_build import Project, add, floats, plain, unique, view_exact
+from pquant_jax.lower.backends._hls_build import Project, add, floats, plain, unique, view
 from pquant_jax.lower.backends._hls_kernels import emit_conv, emit_dense, emit_einsum, emit_pool, emit_reduce
 from pquant_jax.lower.backends._hls_types import Fixed, array_type, tensor_type
 from pquant_jax.lower.ir import Node, entries
@@ -116,13 +116,13 @@ def emit_activation(p: Project, layer: Layer) -> None:
 def emit_merge(p: Project, layer: Layer) -> None:
     first = p.where[layer.inputs[0]]
     shape = p.shapes[first]
-    inputs = [first, view_exact(p, layer.inputs[1], shape)]
+    inputs = [first, view(p, layer.inputs[1], shape)]
     result = tensor_type(p.known[layer.output])
     add(p, unique(p, layer.name, f"_{layer.op}"), "Merge", inputs, shape, result, output=layer.output, op=MERGES[layer.op])
 
 
 def emit_transpose(p: Project, layer: Layer) -> None:
-    source = view_exact(p, layer.inputs[0], layer.attrs["in_shapes"][0])
+    source = view(p, layer.inputs[0], layer.attrs["in_shapes"][0])
     at = dict(perm=[int(d) for d in layer.attrs["perm"]], output=layer.output)
     add(p, unique(p, layer.name, "_t"), "Transpose", [source], layer.attrs["out_shape"], p.types[source], **at)
 
@@ -138,7 +138,7 @@ def emit_concat(p: Project, layer: Layer) -> None:
     outer = int(np.prod(shapes[0][:axis], dtype=np.int64))
     widths = [int(np.prod(s)) // outer for s in shapes]
     forms = [(w,) if outer == 1 else (outer, w) for w in widths]
-    sources = [view_exact(p, j, s) for j, s in zip(layer.inputs, forms, strict=True)]
+    sources = [view(p, j, s) for j, s in zip(layer.inputs, forms, strict=True)]
     result = tensor_type(p.known[layer.output])
     name, width = sources[0], widths[0]
     for n, (source, more) in enumerate(zip(sources[1:], widths[1:], strict=True), 2):

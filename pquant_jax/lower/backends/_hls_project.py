@@ -25,6 +25,10 @@ from pquant_jax.lower.structure import Layer, structure
 IO_TYPES: Final = ("io_parallel", "io_stream")
 STRATEGIES: Final = ("latency", "resource", "distributed_arithmetic")
 DOUBLE_BITS: Final = 53  # the C simulation's ports are doubles
+_MODEL_KEYS: Final = (
+    "Precision", "ReuseFactor", "Strategy", "BramFactor", "TargetCycles", "ConvImplementation", "Compression", "PipelineStyle",
+    "PipelineInterval", "TraceOutput", "BitExact",
+)  # fmt: skip
 _LAYER_KEYS: Final = ("ReuseFactor", "Strategy", "Precision", "Trace", "ParallelizationFactor", "ConvImplementation")
 
 
@@ -33,7 +37,8 @@ class Backend(NamedTuple):
 
     flavor: the C++ of da4ml's netlists that it takes, None if it takes none.  heterogeneous: formats per element as a layer of
     its own (else as a netlist).  simulates: g++ alone compiles its C simulation.  tools: what `build` needs on PATH.
-    converts: what hls4ml needs on PATH even to make the project.  part: None leaves hls4ml's own default.
+    converts: what hls4ml needs on PATH even to make the project.  part: the default of a backend for FPGAs of Xilinx; None leaves
+    hls4ml's own, of another vendor.  boards: hls4ml takes the part of a board, and no other.
     """
 
     flavor: str | None
@@ -42,15 +47,16 @@ class Backend(NamedTuple):
     tools: tuple[str, ...]
     converts: tuple[str, ...] = ()
     part: str | None = None
+    boards: bool = False
 
 
 XILINX: Final = "xcvu13p-flga2577-2-e"
 BACKENDS: Final[dict[str, Backend]] = {
     "Vitis": Backend("vitis", True, True, ("vitis-run",), part=XILINX),
     "Vivado": Backend("vitis", True, True, ("vivado_hls",), part=XILINX),
-    "VivadoAccelerator": Backend("vitis", False, True, ("vivado_hls", "vivado")),
+    "VivadoAccelerator": Backend("vitis", False, True, ("vivado_hls", "vivado"), boards=True),
     "Quartus": Backend(None, False, True, ("i++",)),
-    "Catapult": Backend("hlslib", False, True, ("catapult",)),
+    "Catapult": Backend("hlslib", False, True, ("catapult",), part=XILINX),
     "oneAPI": Backend("oneapi", True, False, ("icpx", "cmake")),
     "Libero": Backend(None, False, False, ("shls",), ("shls",)),
 }
@@ -66,13 +72,25 @@ def given(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         raise LoweringError(f"project_name is {name!r}, expected letters, digits and _, beginning with a letter")
     missing = [tool for tool in BACKENDS[settings["backend"]].converts if shutil.which(tool) is None]
     if missing:
-        raise ToolError(f"hls4ml can't make a project of backend {settings['backend']!r} without {', '.join(missing)} on PATH")
+        raise ToolError(
+            f"hls4ml can't make a project of backend {settings['backend']!r} without {', '.join(missing)} on PATH: install the "
+            "vendor's tools, or use Vitis or Vivado"
+        )
+    if settings["part"] is not None and BACKENDS[settings["backend"]].boards:
+        raise LoweringError(
+            f"part is {settings['part']!r}; with backend {settings['backend']!r} hls4ml takes that of the board: leave it out, "
+            "or use Vitis or Vivado"
+        )
     config = dict(settings["config"] or {})
     unknown = set(config) - {"Model", "LayerName"}
     if unknown:
         raise LoweringError(f"config has {sorted(unknown)}, expected Model and LayerName; `config(model)` gives one")
     model = {"ReuseFactor": settings["reuse_factor"], "Strategy": settings["strategy"], **config.get("Model", {})}
     model["Strategy"] = _strategy(str(model["Strategy"]), "the model")
+    for key in set(model) - set(_MODEL_KEYS):
+        raise LoweringError(f"Model has the option {key!r}; {did_you_mean(key, _MODEL_KEYS)}")
+    if model.get("BitExact"):
+        raise LoweringError("Model has BitExact: precisions come from the graph and are exact already; leave it out")
     by_name = {n: dict(v) for n, v in config.get("LayerName", {}).items()}
     for layer, options in (settings["layers"] or {}).items():
         by_name[layer] = {**by_name.get(layer, {}), **options}
@@ -173,9 +191,11 @@ def _natives(layers: Sequence[Layer], known: Sequence[Interval], graph: Graph, b
 def _refuse(graph: Graph, layer: Layer, settings: Mapping) -> None:
     what = f"{label(graph, layer.output)} ({layer.op})"
     if layer.op == "quantize":
-        why = "it has a format per element, or no bits, a stream takes one per tensor: quantize with granularity 'tensor'"
-    else:
+        why = "it has a format per element, or no bits, a layer takes one per tensor there: quantize with granularity 'tensor'"
+    elif settings["io_type"] == "io_stream":
         why = "hls4ml has no such layer, and a netlist takes all elements at once"
+    else:
+        why = "hls4ml has no such layer, and the backend takes no netlist"
     raise LoweringError(
         f"{what}: not possible with backend {settings['backend']!r} and io_type {settings['io_type']!r}: {why}; or "
         "use io_parallel on Vitis or Vivado"
@@ -185,8 +205,7 @@ def _refuse(graph: Graph, layer: Layer, settings: Mapping) -> None:
 def _emit_region(project: Project, region: _hls_regions.Region, flavor: str) -> None:
     graph, known = project.graph, project.known
     name = _hls_build.unique(project, next((a.name for a in region.layers if a.name), "netlist"), "_netlist")
-    part = _hls_regions.subgraph(graph, known, region)
-    code = _hls_regions.netlist_code(name, part, known, region, flavor)
+    code = _hls_regions.netlist_code(name, graph, known, region, flavor)
     outputs = [name] if len(region.outputs) == 1 else [f"{name}_{n}" for n in range(len(region.outputs))]
     types = [tensor_type(known[j]) for j in region.outputs]
     shapes = [_hls_build.plain(graph.nodes[j].shape) for j in region.outputs]
@@ -207,7 +226,9 @@ def _output(project: Project, node: int, place: int, stream: bool) -> str:
     if made is not None and made.kind not in ("InputLayer", "Reshape") and not taken:
         return name
     if stream:
-        raise LoweringError(f"{label(project.graph, node)}: an output that is an input, or is there twice, has no stream")
+        raise LoweringError(
+            f"{label(project.graph, node)}: an output that is an input, or is there twice, has no stream; use io_parallel"
+        )
     new = _hls_build.unique(project, f"output_{place + 1}", "")
     shape, t = project.shapes[name], project.types[name]
     code = _hls_regions.copy_code(new, int(np.prod(shape)))

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pquant_jax.lower.backends import _hls_types, da4ml
-from pquant_jax.lower.ir import Graph, Node, validate
+from pquant_jax.lower.ir import Graph
+from pquant_jax.lower.passes import subgraph
 from pquant_jax.lower.ranges import Interval
 from pquant_jax.lower.structure import Layer
 
@@ -72,30 +73,9 @@ def _ordered(parts: Sequence[Layer | Region]) -> list[Layer | Region]:
     return out
 
 
-def subgraph(graph: Graph, known: Sequence[Interval], region: Region) -> Graph:
-    """The region as a graph of its own, with a port for every value that it reads, in the narrowest format per element."""
-    nodes: list[Node] = []
-    place: dict[int, int] = {}
-    for j in region.inputs:
-        k, i, f = _hls_types.formats(known[j])
-        place[j] = len(nodes)
-        nodes.append(Node("input", (), graph.nodes[j].shape, {"k": k, "i": i, "f": f}, graph.nodes[j].name))
-
-    def visit(j: int) -> int:
-        if j not in place:
-            node = graph.nodes[j]
-            inputs = tuple(visit(m) for m in node.inputs)
-            place[j] = len(nodes)
-            nodes.append(Node(node.op, inputs, node.shape, node.attrs, node.name))
-        return place[j]
-
-    outputs = tuple(visit(j) for j in region.outputs)
-    return validate(Graph(tuple(nodes), tuple(place[j] for j in region.inputs), outputs))
-
-
-def netlist_code(name: str, part: Graph, known: Sequence[Interval], region: Region, flavor: str) -> str:
+def netlist_code(name: str, graph: Graph, known: Sequence[Interval], region: Region, flavor: str) -> str:
     """C++ of the region: `name(x0, x1, ..., y0, y1, ...)` on arrays of any fixed-point type.  Raises: LoweringError."""
-    comb = da4ml.to_comb(part)
+    comb = da4ml.to_comb(subgraph(graph, known, region.inputs, region.outputs))
     with da4ml.exact("writing HLS"):
         from da4ml.codegen.hls import hls_logic_and_bridge_gen
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pquant_jax.lower.ranges import Interval
+from pquant_jax.lower.ranges import Interval, common_format
 from pquant_jax.numerics.oracle import least_f
 
 
@@ -34,26 +34,10 @@ class Fixed(NamedTuple):
         return f"{'' if self.k else 'u'}fixed<{self.width},{self.k + self.i}{modes}>"
 
 
-def formats(interval: Interval) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """k, i, f of every element, the narrowest that hold its interval; all 0 where it is always 0."""
-    low, high, f = interval
-    zero = (low == 0) & (high == 0)
-    f = np.where(zero, 0, f).astype(np.int64)
-    k = (low < 0).astype(np.int64)
-    span = np.maximum(-low, np.where(high > 0, high + np.ldexp(1.0, -f), 0.0))
-    _, exponent = np.frexp(np.where(zero, 1.0, span))
-    i = exponent - (np.ldexp(0.5, exponent) == span)  # least i with span <= 2^i
-    i = np.where(zero, 0, np.maximum(i, 1 - k - f))
-    return k, i, f
-
-
 def tensor_type(interval: Interval) -> Fixed:
     """The narrowest type of the whole array; one unused bit where it is always 0."""
-    k, i, f = (np.atleast_1d(v).ravel() for v in formats(interval))
-    used = k + i + f > 0
-    if not used.any():
-        return Fixed(0, 1, 0)
-    return Fixed(int(k.max()), int(i[used].max()), int(f[used].max()))
+    k, i, f = common_format(interval)
+    return Fixed(k, i, f) if k + i + f else Fixed(0, 1, 0)
 
 
 def array_type(values: np.ndarray) -> Fixed:

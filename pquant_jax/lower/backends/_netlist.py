@@ -6,7 +6,8 @@ differently is a value, `Package`.  No import of either.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -112,13 +113,29 @@ def ports_and_outputs(graph: Graph, known: Sequence[Interval], circuit: Circuit)
     return ports, outputs
 
 
-def flat_samples(x: np.ndarray, n_in: int) -> np.ndarray:
-    """`x` (N, ...) as float64 (N, n_in); raises `LoweringError` for another number of values."""
+def run(comb: Any, x: np.ndarray) -> np.ndarray:
+    """The package's interpreter on `x` (N, ...): float64 (N, n_out); raises `LoweringError` for a wrong number of values."""
+    n_in, n_out = comb.shape
     x = np.asarray(x, np.float64)
     flat = np.ascontiguousarray(x.reshape(len(x), -1))
     if flat.shape[1] != n_in:
         raise LoweringError(f"the netlist has {n_in} input values per sample, got {flat.shape[1]} (array {x.shape})")
-    return flat
+    return np.asarray(comb.predict(flat, n_threads=1), np.float64).reshape(len(flat), n_out)
+
+
+@contextmanager
+def explained(package: str, doing: str) -> Iterator[None]:
+    """Both packages signal a limit with an assertion: a `LoweringError` that says whose it is and what to do."""
+    try:
+        yield
+    except (AssertionError, RuntimeError) as error:  # NotImplementedError and RecursionError are RuntimeErrors
+        text = str(error) or "no message"
+        hint = "report the graph (`ir.save`) to the authors of pquant_jax"
+        if "latency cutoff" in text:
+            hint = "one multiplier is slower than a pipeline stage: use a larger latency_cutoff, or narrower operands"
+        elif isinstance(error, RecursionError):
+            hint = f"the netlist is too deep for {package}; split the model"
+        raise LoweringError(f"{package} failed while {doing} ({type(error).__name__}: {text}): {hint}") from error
 
 
 def variables(

@@ -63,9 +63,8 @@ def operation(w: Writer, graph: Graph, index: int, ins: Sequence[Operand], known
 
 def _elementwise(w: Writer, graph: Graph, index: int, ins: Sequence[Operand], shape: tuple[int, ...]) -> str:
     node, op = graph.nodes[index], graph.nodes[index].op
-    if op in ("max", "min") and (other := _zeros(ins)) is not None:
-        if op == "max":
-            return add(w, "Relu", [other], shape, node.name)
+    if op == "max" and (other := _zeros(ins)) is not None:
+        return add(w, "Relu", [other], shape, node.name)
     if op == "select":
         return _select(w, ins, shape, node.name)
     if op not in _ELEMENTWISE:

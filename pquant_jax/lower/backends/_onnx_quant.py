@@ -22,7 +22,7 @@ import numpy as np
 from pquant_jax._errors import LoweringError
 from pquant_jax.lower.backends._onnx_writer import QONNX_DOMAIN, Writer, add, collapsed, constant
 from pquant_jax.lower.ir import Node
-from pquant_jax.lower.ranges import Interval, quantize_acts
+from pquant_jax.lower.ranges import Interval, format_bounds, quantize_acts
 
 MODE: Final = {
     "TRN": "FLOOR", "RND": "FLOOR", "RND_CONV": "ROUND", "TRN_ZERO": "DOWN",
@@ -112,8 +112,8 @@ def number(w: Writer, value: Any) -> str:
 
 def bounds(p: Plan) -> tuple[np.ndarray, np.ndarray]:
     """Lowest and highest value of every element."""
-    high = np.where(p.alive, np.ldexp(1.0, p.i) - np.ldexp(1.0, -p.f), 0.0)
-    return np.where(p.alive, -high * p.k if p.overflow == "SAT_SYM" else -np.ldexp(1.0, p.i) * p.k, 0.0), high
+    low, high = format_bounds(p.k, p.i, p.f)
+    return (-high * p.k if p.overflow == "SAT_SYM" else low), high
 
 
 def _spec(p: Plan, mode: str, rounds: bool) -> tuple[Spec, bool]:

@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
+from pquant_jax.lower._indices import is_reshape, transposition
 from pquant_jax.numerics.oracle import least_f
 
 DIALECTS: Final = ("qonnx", "onnx", "qdq")
@@ -131,33 +132,17 @@ def gathered(w: Writer, x: str, source: Shape, index: np.ndarray, name: str = ""
     """`take` of the IR: x.ravel()[index] per sample, 0 where index is -1; a transposition where it is one."""
     shape = physical(index.shape)
     size = math.prod(source)
-    if index.size == size and np.array_equal(index.ravel(), np.arange(size)):
+    if is_reshape(index, size):
         return reshaped(w, x, shape, name)
-    if (order := transposition(index.reshape(shape), size)) is not None:
-        back = np.argsort(order)
-        x = reshaped(w, x, tuple(shape[a] for a in back), name)
-        return add(w, "Transpose", [x], shape, name, perm=[0, *(int(v) + 1 for v in order)])
+    if (turned := transposition(index, size, shape)) is not None:
+        dims, perm = turned
+        return add(w, "Transpose", [reshaped(w, x, dims, name)], shape, name, perm=[0, *(axis + 1 for axis in perm)])
     flat = reshaped(w, x, (size,), name)
     if (index < 0).any():  # the zero behind the last element
         pads = constant(w, [0, 0, 0, 1], np.int64, "pads")
         flat = add(w, "Pad", [flat, pads], (size + 1,), name)
         index = np.where(index < 0, size, index)
     return add(w, "Gather", [flat, constant(w, index.reshape(shape), np.int64, "index")], shape, name, axis=1)
-
-
-def transposition(index: np.ndarray, size: int) -> tuple[int, ...] | None:
-    """`order` with index = arange(size).reshape(dims).transpose(order) for some dims; None if there is none.
-
-    >>> transposition(np.arange(6).reshape(2, 3).T, 6), transposition(np.array([0, 2, 1]), 3)
-    ((1, 0), None)
-    """
-    if index.size != size or size == 0 or index.ravel()[0] != 0:
-        return None
-    steps = [int(np.moveaxis(index, a, 0)[(1, *(0,) * (index.ndim - 1))]) if index.shape[a] > 1 else 0 for a in range(index.ndim)]
-    back = sorted(range(index.ndim), key=lambda a: -steps[a])
-    order = tuple(int(v) for v in np.argsort(back))
-    dims = tuple(index.shape[a] for a in back)
-    return order if np.array_equal(np.arange(size).reshape(dims).transpose(order), index) else None
 
 
 def grid(value: np.ndarray, channel_axis: int) -> tuple[np.ndarray, int, bool] | None:

@@ -13,8 +13,8 @@ which `alkaid.trace.trace` does, loses the scale of a negated bit that turns out
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,7 +25,7 @@ from pquant_jax.lower.backends import _netlist as netlist
 from pquant_jax.lower.backends._scalars import MAX_CONSTANT_BITS
 from pquant_jax.lower.ir import Graph, label
 from pquant_jax.lower.ranges import Interval, least_f
-from pquant_jax.lower.rtl import RTLInfo, check_names, whole_folder
+from pquant_jax.lower.rtl import RTLInfo, check_names, describe, whole_folder
 from pquant_jax.numerics.oracle import significant_bits
 
 if TYPE_CHECKING:
@@ -146,17 +146,9 @@ def _shared(comb: CombLogic) -> CombLogic:
     return comb._replace(ops=ops, out_idxs=[place[j] if j >= 0 else j for j in comb.out_idxs])
 
 
-@contextmanager
-def exact(doing: str) -> Iterator[None]:
-    """alkaid signals every limit with an assertion: say which one it is."""
-    try:
-        yield
-    except (AssertionError, NotImplementedError, RecursionError, RuntimeError) as error:
-        hint = "report the graph (`ir.save`) to the authors of pquant_jax"
-        if isinstance(error, RecursionError):
-            hint = "the netlist is too deep for alkaid; split the model"
-        what = f"{type(error).__name__}: {str(error) or 'no message'}"
-        raise LoweringError(f"alkaid failed while {doing} ({what}): {hint}") from error
+def exact(doing: str) -> AbstractContextManager[None]:
+    """alkaid's limits inside are `LoweringError`s."""
+    return netlist.explained("alkaid", doing)
 
 
 def predict(comb: CombLogic, x: np.ndarray) -> np.ndarray:
@@ -164,14 +156,12 @@ def predict(comb: CombLogic, x: np.ndarray) -> np.ndarray:
 
     Inputs pass the ports: TRN to their grid, then WRAP.  Raises `LoweringError` for a wrong number of values.
     """
-    flat = netlist.flat_samples(x, comb.shape[0])
-    return np.asarray(comb.predict(flat, n_threads=1), np.float64).reshape(len(flat), comb.shape[1])
+    return netlist.run(comb, x)
 
 
 def staged(comb: CombLogic, latency_cutoff: float) -> tuple[int, int, float]:
     """(stages, flip-flops, estimated LUTs) of the netlist with registers at that cutoff, in alkaid's nanoseconds; II = 1."""
-    model = _model(comb, latency_cutoff)
-    return len(model.fsm.logic), int(model.reg_bits), float(sum(block.cost for block in model.fsm.logic.values()))
+    return _figures(_model(comb, latency_cutoff))
 
 
 def longest(comb: CombLogic) -> float:
@@ -210,28 +200,15 @@ def write_rtl(
 
         model = RTLModel(comb, partial, name, flavor=flavor, latency_cutoff=latency_cutoff, print_latency=False)
         model.write()
-        return _describe(comb, model, name, Path(directory).absolute(), flavor)
+        stages, reg_bits, cost = _figures(model)
+        ports = ([q.kif for q in comb.inp_qint], [q.kif for q in comb.out_qint])
+        return describe(
+            directory, name, flavor, ports, stages=stages if reg_bits else 0, reg_bits=reg_bits, cost=cost,
+            latency_units=comb.latency[1],
+        )  # fmt: skip
 
 
-def _describe(comb: CombLogic, model: Any, name: str, target: Path, flavor: str) -> RTLInfo:
+def _figures(model: Any) -> tuple[int, int, float]:
+    """(blocks of logic, flip-flops, estimated LUTs)."""
     blocks = model.fsm.logic.values()
-    pipelined = model.reg_bits > 0
-    stages = len(blocks) if pipelined else 0
-    return RTLInfo(
-        name=name,
-        directory=target,
-        src=target / "src",
-        flavor=flavor,
-        stages=stages,
-        latency_cycles=stages + 1 if stages else 0,  # a register before every stage and one behind the last
-        ii=1,
-        reg_bits=int(model.reg_bits),
-        cost=float(sum(block.cost for block in blocks)),
-        latency_units=float(comb.latency[1]),
-        inp_kifs=_kifs(comb.inp_qint),
-        out_kifs=_kifs(comb.out_qint),
-    )
-
-
-def _kifs(qints: Sequence[Any]) -> np.ndarray:
-    return np.array([q.kif for q in qints], np.int64).reshape(len(qints), 3).T
+    return len(blocks), int(model.reg_bits), float(sum(block.cost for block in blocks))

@@ -20,7 +20,7 @@ from pquant_jax.lower.backends import _netlist as netlist
 from pquant_jax.lower.backends._netlist import MAX_FRACTION
 from pquant_jax.lower.ir import Graph
 from pquant_jax.lower.ranges import Interval
-from pquant_jax.lower.rtl import RTLInfo, check_names, whole_folder
+from pquant_jax.lower.rtl import RTLInfo, check_names, describe, whole_folder
 
 if TYPE_CHECKING:
     from da4ml.types import CombLogic
@@ -107,19 +107,10 @@ def _check_alignment(comb: CombLogic) -> None:
 
 @contextmanager
 def exact(doing: str) -> Iterator[None]:
-    """da4ml signals every limit with an assertion: say which one it is."""
-    try:
-        with decimal.localcontext() as context:
-            context.prec = EXACT_DIGITS
-            yield
-    except (AssertionError, NotImplementedError, RecursionError) as error:
-        text = str(error)
-        hint = "report the graph (`ir.save`) to the authors of pquant_jax"
-        if "latency cutoff" in text:
-            hint = "one multiplier is slower than a pipeline stage: use a larger latency_cutoff, or narrower operands"
-        elif isinstance(error, RecursionError):
-            hint = "the netlist is too deep for da4ml; split the model"
-        raise LoweringError(f"da4ml failed while {doing} ({type(error).__name__}: {text or 'no message'}): {hint}") from error
+    """What da4ml does inside is computed with enough digits, and its limits are `LoweringError`s."""
+    with decimal.localcontext() as context, netlist.explained("da4ml", doing):
+        context.prec = EXACT_DIGITS
+        yield
 
 
 def predict(comb: CombLogic, x: np.ndarray) -> np.ndarray:
@@ -128,15 +119,14 @@ def predict(comb: CombLogic, x: np.ndarray) -> np.ndarray:
     Inputs pass the ports: TRN to their grid, then WRAP.  Raises `LoweringError` for a wrong number of values, and for
     netlists with ports, quantizers or multiplexers over 31 bits: the interpreter loses their sign, though the RTL is right.
     """
-    flat = netlist.flat_samples(x, comb.shape[0])
     narrow = [op.qint for op in comb.ops if op.opcode == -1 or abs(op.opcode) in _NARROW_OPCODES]
-    width = int(_kifs(narrow).sum(0).max(initial=0))
+    width = max(map(sum, _kifs(narrow)), default=0)
     if width > INTERPRETER_BITS:
         raise LoweringError(
             f"da4ml's interpreter handles {INTERPRETER_BITS} bits per value, this netlist has {width}; compare it in RTL "
             "(`sim.simulate`), or narrow the quantizers: beyond 24 bits the float32 forward isn't exact either"
         )
-    return np.asarray(comb.predict(flat, n_threads=1), np.float64).reshape(len(flat), comb.shape[1])
+    return netlist.run(comb, x)
 
 
 def staged(comb: CombLogic, latency_cutoff: float) -> tuple[int, int, float]:
@@ -178,29 +168,15 @@ def write_rtl(
         model = RTLModel(pipe or comb, name, partial, flavor=flavor, print_latency=False)
         model.write()
         comb.save(partial / "model" / "comb.json")
-        return _describe(comb, pipe, name, Path(directory).absolute(), flavor)
+        first, last = (comb, comb) if pipe is None else (pipe.solutions[0], pipe.solutions[-1])
+        return describe(
+            directory, name, flavor, (_kifs(first.inp_qint), _kifs(last.out_qint)),
+            stages=0 if pipe is None else len(pipe.solutions), reg_bits=0 if pipe is None else pipe.reg_bits,
+            cost=(pipe or comb).cost, latency_units=longest(comb),
+        )  # fmt: skip
 
 
-def _describe(comb: CombLogic, pipe: Any, name: str, target: Path, flavor: str) -> RTLInfo:
-    first, last = (comb, comb) if pipe is None else (pipe.solutions[0], pipe.solutions[-1])
-    stages = 0 if pipe is None else len(pipe.solutions)
-    return RTLInfo(
-        name=name,
-        directory=target,
-        src=target / "src",
-        flavor=flavor,
-        stages=stages,
-        latency_cycles=stages + 1 if stages else 0,  # a register before every stage and one behind the last
-        ii=1,
-        reg_bits=0 if pipe is None else int(pipe.reg_bits),
-        cost=float((pipe or comb).cost),
-        latency_units=float(max(comb.latency)),
-        inp_kifs=_kifs(first.inp_qint),
-        out_kifs=_kifs(last.out_qint),
-    )
-
-
-def _kifs(qints: Sequence[Any]) -> np.ndarray:
+def _kifs(qints: Sequence[Any]) -> list[tuple[int, ...]]:
     from da4ml.types import minimal_kif
 
-    return np.array([minimal_kif(q) for q in qints], np.int64).reshape(len(qints), 3).T
+    return [tuple(map(int, minimal_kif(q))) for q in qints]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import inspect
 import shutil
 import subprocess
 import tempfile
@@ -29,8 +30,8 @@ from pquant_jax.lower.ranges import check_exact, intervals
 from pquant_jax.lower.rtl import whole_folder
 
 __all__ = [
-    "BACKENDS", "IO_TYPES", "STRATEGIES", "Backend", "HLSModel", "build", "compile", "config", "predict", "report", "to_hls",
-    "trace", "valid_reuse_factors", "write",
+    "BACKENDS", "IO_TYPES", "STRATEGIES", "Backend", "HLSModel", "build", "check_options", "compile", "config", "predict",
+    "report", "to_hls", "trace", "valid_reuse_factors", "write",
 ]  # fmt: skip
 
 
@@ -67,7 +68,7 @@ def to_hls(
     config: Mapping[str, Any] | None = None,
 ) -> HLSModel:
     """The hls4ml project of `graph`, not written yet (`write`, `compile`); clock_period in ns; part None:
-    xcvu13p-flga2577-2-e on Vitis and Vivado, hls4ml's default elsewhere.
+    xcvu13p-flga2577-2-e on Vitis, Vivado and Catapult, hls4ml's default elsewhere.
 
     layers: {name: {"ReuseFactor": ..., "Strategy": ...}} for some layers.  config: a user's `hls_config` as `config` gives it;
     its `Model` and `LayerName` count more than the arguments, its precisions must be those of the graph.
@@ -89,6 +90,15 @@ def to_hls(
     modelled = _hls_project.model_graph(project, outputs, asked, names, settings, place)
     sizes = tuple(int(np.prod(graph.nodes[j].shape, dtype=np.int64)) for j in graph.outputs)
     return HLSModel(graph, modelled, tuple(project.made), sizes, settings, place)
+
+
+def check_options(**options: Any) -> None:
+    """Raise what `to_hls(graph, directory, **options)` would raise for every graph, before there is one.
+
+    >>> check_options(backend="Vitis", strategy="resource", reuse_factor=4)
+    """
+    defaults = {key: p.default for key, p in inspect.signature(to_hls).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    _hls_project.given(defaults | options)
 
 
 def config(model: HLSModel) -> dict[str, Any]:
@@ -130,9 +140,10 @@ def compile(model: HLSModel, *, overwrite: bool = False, optimize: str = "-O1") 
     """
     backend = model.settings["backend"]
     if not BACKENDS[backend].simulates:
+        able = [name for name, found in BACKENDS.items() if found.simulates]
         raise ToolError(
-            f"the C simulation of backend {backend!r} needs {' and '.join(BACKENDS[backend].tools)}, not g++ alone; "
-            "`write` writes the project, and Vitis and Vivado can be simulated here"
+            f"the C simulation of backend {backend!r} needs {' and '.join(BACKENDS[backend].tools)}, not g++ alone; `write` "
+            f"writes the project, and g++ simulates {', '.join(able)}"
         )
     if shutil.which("g++") is None:
         raise ToolError("g++ is not on PATH: the C simulation is compiled with it (apt install g++)")
