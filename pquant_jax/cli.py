@@ -50,6 +50,17 @@ integer, on the test set and on random codes of the whole input port.  Updates s
 
   pquant-jax verify runs/jets_hgq --vectors 100000 --seed 1
 """
+WEIGHTS: Final = """
+Prove another weight set in the netlist of a run that was lowered with --weights registers or ports, without lowering again.
+OTHER is a run of the same model with the same formats and masks, or its final.npz.  Its weights are simulated in the written
+Verilog, and loaded over the bus of the register file, which is compared before and after.
+
+  pquant-jax lower runs/jets --weights registers
+  pquant-jax weights runs/jets runs/jets_seed2
+
+Writes RUN/weights/<name of OTHER>/: weights.hex (the words to load, in the order of addresses), regmap.json (where every weight
+is) and proof.json (what was compared, and the metric with these weights).
+"""
 REPORT: Final = """
 Draw report.html of a finished run again, from the files in its directory.
 
@@ -157,13 +168,14 @@ def _parser() -> argparse.ArgumentParser:
     resume = _command(commands, "resume", "go on with an interrupted run", RESUME, _resume)
     lower = _command(commands, "lower", "netlist, proof and cell count of a trained run again", LOWER, _lower)
     verify = _command(commands, "verify", "prove a lowered run again", VERIFY, _verify)
+    weights = _command(commands, "weights", "prove another weight set in a run's netlist", WEIGHTS, _weights)
     report = _command(commands, "report", "draw the report of a run again", REPORT, _report)
     predict = _command(commands, "predict", "apply a finished run to new data", PREDICT, _predict)
     scan = _command(commands, "scan", "the uncompressed model at a grid of ap_fixed<W,I>", SCAN, _scan)
     robust = _command(commands, "robust", "bit flips: what they do, and which bits to protect", ROBUST, _robust)
-    for command in (resume, lower, verify, report, predict, scan, robust):
+    for command in (resume, lower, verify, weights, report, predict, scan, robust):
         command.add_argument("run", metavar="RUN", help="run directory, e.g. runs/jets_hgq")
-    for command in (resume, lower, verify, robust):
+    for command in (resume, lower, verify, weights, robust):
         _add_quiet(command)
     _add_set(lower, "another value of a key of hardware (repeatable)")
     lower.add_argument("--backend", choices=["da4ml", "alkaid"], help="what turns the graph into logic")
@@ -176,6 +188,8 @@ def _parser() -> argparse.ArgumentParser:
     lower.add_argument("--onnx", nargs="+", metavar="KIND", help="write qonnx, onnx or qdq files too")
     verify.add_argument("--vectors", type=_positive, help="inputs to compare; default the run's")
     verify.add_argument("--seed", type=int, help="of the random ones; default the run's")
+    weights.add_argument("other", metavar="OTHER", help="another run, or its final.npz")
+    weights.add_argument("-o", "--out", metavar="OUT", help="folder; default RUN/weights/<name of OTHER>")
     predict.add_argument("data", metavar="DATA.npz", help="input data")
     predict.add_argument("-o", "--out", metavar="OUT.npz", help="default RUN/predictions.npz")
     predict.add_argument("--raw", action="store_true", help="x is not standardised yet: apply the run's (x - mean) / std first")
@@ -272,6 +286,16 @@ def _verify(arguments: Any) -> None:
     from pquant_jax.run import verify
 
     verify(arguments.run, vectors=arguments.vectors, seed=arguments.seed, quiet=arguments.quiet)
+
+
+def _weights(arguments: Any) -> None:
+    from pquant_jax.run import weights
+
+    made = weights(arguments.run, arguments.other, arguments.out, quiet=arguments.quiet)
+    words = f"{made['words']:,} words of {made['word']} bits"
+    if not arguments.quiet:
+        place = arguments.out or os.path.join(arguments.run, "weights", made["weights"])
+        print(f"{made['weights']}: {words} in {place}, 0 mismatches ({', '.join(made['mismatches'])})")
 
 
 def _report(arguments: Any) -> None:

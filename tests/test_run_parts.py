@@ -55,6 +55,17 @@ def test_a_simulated_hls_project_needs_a_compiler(monkeypatch, tmp_path):
     _doctor.check_doors(experiment("hardware.hls={simulate: false}"))
 
 
+def test_doctor_knows_that_an_hls_project_without_a_compiler_is_not_simulated(monkeypatch):
+    found = {c.name: c for c in run.checks()}["hls4ml with g++"]
+    assert bool(found.found) == bool(_doctor.shutil.which("g++") and _doctor.importlib.util.find_spec("hls4ml"))
+    spec = _doctor.importlib.util.find_spec
+    monkeypatch.setattr(_doctor.importlib.util, "find_spec", lambda name: object() if name == "hls4ml" else spec(name))
+    which = _doctor.shutil.which
+    monkeypatch.setattr(_doctor.shutil, "which", lambda name, **k: None if name == "g++" else which(name, **k))
+    found = {c.name: c for c in run.checks()}["hls4ml with g++"]
+    assert (found.found, found.fix, found.step) == ("", "apt install g++", "the C simulation of hls4ml")
+
+
 def test_what_no_hls_project_can_be_is_refused_before_training(tmp_path):
     with pytest.raises(pq.LoweringError, match="did you mean 'ReuseFactor"):
         run.run(experiment("hardware.hls={config: {LayerName: {dense_0: {Reuse: 2}}}}"), root=tmp_path, quiet=True)

@@ -9,6 +9,7 @@ from pquant_jax.run._run import lower, resume, run, verify
 from pquant_jax.run._scan import scan
 from pquant_jax.run._signals import Stopped
 from pquant_jax.run._sites import explain, template
+from pquant_jax.run._weights import weights
 
 __all__ = [
     "Check",
@@ -25,5 +26,6 @@ __all__ = [
     "skips",
     "template",
     "verify",
+    "weights",
     "write_report",
 ]
