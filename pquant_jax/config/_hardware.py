@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -46,8 +47,8 @@ class Hardware(Section):
 
     lower: bool = True
     """Turn the model into a netlist and a project with Verilog, testbench, constraints and scripts."""
-    backend: Literal["da4ml", "alkaid"] = "da4ml"
-    """What turns the graph into logic."""
+    backend: Literal["da4ml", "alkaid"] | None = "da4ml"
+    """What turns the graph into logic.  null: no netlist, for models of any size that go through hls (io_stream) or onnx."""
     weights: Literal["constants", "ports", "registers"] = "constants"
     """Fixed in the logic; inputs of the netlist; or a register file that is written over a bus.  The last two serve every
     weight set of these formats."""
@@ -80,6 +81,8 @@ class Hardware(Section):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
+        if self.backend is None and self.weights != "constants":
+            raise ValueError("backend: da4ml or alkaid with weights, because ports and registers are made of RTL")
         if self.tmr and self.weights != "registers":
             raise ValueError("weights: registers with tmr, because constants and ports have no flip-flops to triplicate")
         if self.weights != "constants" and (self.hls is not None or self.onnx):
@@ -89,6 +92,7 @@ class Hardware(Section):
         return self
 
     @property
-    def traced(self) -> str:
-        """How weights are traced: "constants", or "ports" for a register file too."""
-        return "constants" if self.weights == "constants" else "ports"
+    def traced(self) -> dict[str, Any]:
+        """Arguments of `lower.trace`: weights that are loaded are ports, and without a netlist any size will do."""
+        size = {"limit": math.inf} if self.backend is None else {}
+        return {"weights": "constants" if self.weights == "constants" else "ports", **size}

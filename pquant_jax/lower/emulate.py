@@ -15,6 +15,7 @@ from pquant_jax._errors import DataError, LoweringError
 from pquant_jax.lower.ir import Graph, Node, consumers, entries, label
 from pquant_jax.numerics.oracle import quantize
 
+_AT_ONCE: Final = 1 << 24  # elements of a node, 128 MB: the windows of a convolution are hundreds of kilobytes per sample
 _ELEMENTWISE: Final[dict[str, Callable[..., np.ndarray]]] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "max": np.maximum, "min": np.minimum,
     "neg": np.negative, "abs": np.abs, "dot": np.matmul,
@@ -78,14 +79,20 @@ def port_value(node: Node, x: np.ndarray) -> np.ndarray:
 def emulate(graph: Graph, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Outputs of `graph`, float64 (N, *shape) each, for one array (N, *shape) per input port.
 
-    Inputs pass the port first (`port_value`), as in hardware.  Memory: intermediate values are dropped after their
-    last reader; `trace_values` keeps them.  Raises `DataError` for a wrong number or shape of inputs, NaN or infinity.
+    Inputs pass the port first (`port_value`), as in hardware.  Memory: samples are taken in parts in which no node has more
+    than `_AT_ONCE` elements, and intermediate values are dropped after their last reader; `trace_values` keeps them.
+    Raises `DataError` for a wrong number or shape of inputs, NaN or infinity.
     """
     last = [max(readers, default=-1) for readers in consumers(graph)]
     for index in graph.outputs:
         last[index] = len(graph.nodes)
-    values, n = _evaluate(graph, inputs, last)
-    return [np.broadcast_to(values[j], (n, *graph.nodes[j].shape)) for j in graph.outputs]
+    checked = check_inputs(graph, inputs)
+    step = max(_AT_ONCE // max(int(np.prod(node.shape, dtype=np.int64)) for node in graph.nodes), 1)
+    parts: list[list[np.ndarray]] = []
+    for start in range(0, max(len(checked[0]), 1) if checked else 1, step):
+        values, n = _evaluate(graph, [v[start : start + step] for v in checked], last)
+        parts.append([np.broadcast_to(values[j], (n, *graph.nodes[j].shape)) for j in graph.outputs])
+    return parts[0] if len(parts) == 1 else [np.concatenate(output) for output in zip(*parts, strict=True)]
 
 
 def trace_values(graph: Graph, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:

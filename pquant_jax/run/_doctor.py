@@ -128,7 +128,9 @@ def skips(experiment: Experiment) -> dict[str, str]:
     ):
         if step != "pictures" and "lower" in made:
             continue
-        if not wanted:
+        if step != "pictures" and hardware.backend is None:
+            made[step] = "hardware.backend is null: there is no netlist"
+        elif not wanted:
             made[step] = f"{name} is false"
         elif step in missing:
             made[step] = "; ".join(missing[step])

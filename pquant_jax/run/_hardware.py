@@ -35,7 +35,7 @@ from pquant_jax.lower.dead import channels
 from pquant_jax.lower.emulate import flatten_batch
 from pquant_jax.lower.rtl import RTLInfo
 from pquant_jax.run._exports import export
-from pquant_jax.run._figures import CHUNK, score
+from pquant_jax.run._figures import score
 from pquant_jax.run._files import read_json, write_json
 from pquant_jax.run._log import Log, phase
 from pquant_jax.run._prepare import Prepared
@@ -66,7 +66,9 @@ class Netlist(NamedTuple):
 
 
 def lower_model(job: Job) -> None:
-    """graph.npz, rtl/, the proof and the cell count; every figure goes into the summary as soon as it is known.
+    """graph.npz, rtl/ unless there is no netlist, the proof, the exports and the cell count.
+
+    Every figure goes into the summary as soon as it is known.
 
     Raises: LoweringError, VerifyError or ToolError; what was found before stays in the summary.
     """
@@ -75,15 +77,19 @@ def lower_model(job: Job) -> None:
         job.summary.pop(old, None)
     graph, weights = _traced(job)
     fixed = loaded(graph, weights) if weights else graph
-    hardware = job.prepared.experiment.hardware
+    experiment = job.prepared.experiment
+    inputs = vectors_of(fixed, job.prepared.inst, job.prepared.dataset.test.x, experiment.hardware.vectors, experiment.seed)
+    if experiment.hardware.backend is None:
+        prove(job, graph, None, {})
+        export(job.prepared, graph, inputs, job.folder, job.log, job.summary)
+        return
     with phase(job.log, "netlist") as remarks:
-        inputs = vectors_of(fixed, job.prepared.inst, job.prepared.dataset.test.x, hardware.vectors, job.prepared.experiment.seed)
         found = netlist(job.prepared, graph)
         rtls = write_projects(job.prepared, graph, found, [*inputs, *weights], job.folder)
         remarks.append(_costs(job, graph, found, rtls["rtl_comb"].cost))
     prove(job, graph, found.comb, rtls)
     counted = rtls["rtl_pipelined"]
-    if hardware.weights == "registers":
+    if experiment.hardware.weights == "registers":
         counted = register_file(job, graph, found, inputs, weights)
     export(job.prepared, graph, inputs, job.folder, job.log, job.summary)
     _quote_proof(job)
@@ -103,8 +109,7 @@ def _traced(job: Job) -> tuple[Graph, list[np.ndarray]]:
     """The graph of the model, written, and what its weight ports take: nothing for constants."""
     prepared, summary = job.prepared, job.summary
     with phase(job.log, "lower") as remarks:
-        kind = "constants" if prepared.experiment.hardware.weights == "constants" else "ports"
-        graph = trace(prepared.inst, job.view, job.model_state, weights=kind)
+        graph = trace(prepared.inst, job.view, job.model_state, **prepared.experiment.hardware.traced)
         ir.save(graph, job.folder / "graph.npz")
         weights = weights_of(graph, prepared.inst, job.view, job.model_state) if weight_ports(graph) else []
         fixed = loaded(graph, weights) if weights else graph
@@ -162,14 +167,13 @@ def _count_cells(job: Job, graph: Graph, found: Netlist, counted: RTLInfo) -> No
 
 def emulated(graph: Graph, inst: Instrumented, x: Tree) -> list[np.ndarray]:
     """The emulator's outputs for all samples of x, in the order of the graph's outputs."""
-    ports = [np.asarray(v, np.float64) for v in jax.tree.leaves(inst.encode(x))]
-    parts = [emulate(graph, [v[a : a + CHUNK] for v in ports]) for a in range(0, len(ports[0]), CHUNK)]
-    return [np.concatenate(values) for values in zip(*parts, strict=True)]
+    return emulate(graph, [np.asarray(v, np.float64) for v in jax.tree.leaves(inst.encode(x))])
 
 
 def backend_of(prepared: Prepared) -> Any:
-    """The module of `lower.backends` that the run asks for."""
-    return importlib.import_module(f"pquant_jax.lower.backends.{prepared.experiment.hardware.backend}")
+    """The module of `lower.backends` that the run asks for; None for a run without a netlist."""
+    name = prepared.experiment.hardware.backend
+    return name and importlib.import_module(f"pquant_jax.lower.backends.{name}")
 
 
 def netlist(prepared: Prepared, graph: Graph) -> Netlist:
@@ -302,7 +306,7 @@ def read_infos(folder: Path) -> dict[str, Any]:
 
 def prove(job: Job, graph: Graph, comb: Any, rtls: Mapping[str, Any]) -> None:
     """Compare JAX, emulator, netlist and, unless it is skipped, the simulated Verilog; mismatches go into the summary."""
-    prepared, summary = job.prepared, job.summary
+    prepared, summary, backend = job.prepared, job.summary, backend_of(job.prepared)
     with phase(job.log, "verify") as remarks, tempfile.TemporaryDirectory(prefix="pquant-sim-") as work:
         found = compare(
             graph,
@@ -313,11 +317,12 @@ def prove(job: Job, graph: Graph, comb: Any, rtls: Mapping[str, Any]) -> None:
             vectors=prepared.experiment.hardware.vectors,
             seed=prepared.experiment.seed,
             comb=comb,
-            backend=backend_of(prepared),
+            backend=backend,
             rtls={} if "simulation" in summary["skipped"] else rtls,
             work=work,  # shared, so that the simulator's own runtime is compiled once for both netlists
         )
         kept = {name: count for name, count in summary.get("mismatches", {}).items() if count is not None}
-        summary.update(found | {"mismatches": kept | found["mismatches"]})
         names = [name for name, count in found["mismatches"].items() if count is not None]
+        missed = {} if backend is None else dict.fromkeys(found["mismatches"])  # netlist and RTL that were not compared
+        summary.update(found | {"mismatches": missed | kept | {name: found["mismatches"][name] for name in names}})
         remarks.append(f"0 of {found['vectors']:,} vectors x {found['outputs']} outputs differ ({', '.join(names)})")

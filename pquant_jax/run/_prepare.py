@@ -89,7 +89,7 @@ def untrained_graph(prepared: Prepared, *, apart: bool = False) -> Graph:
     if apart:
         moving = {name for name, choice in start.formats.items() if choice.moves}
         view = view._replace(sites={n: _spread(fmt) if n in moving else fmt for n, fmt in view.sites.items()})
-    return trace(inst, view, inst.model.state, weights=experiment.hardware.traced)
+    return trace(inst, view, inst.model.state, **experiment.hardware.traced)
 
 
 def _spread(fmt: Any) -> Any:

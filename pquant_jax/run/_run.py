@@ -122,13 +122,14 @@ def _phases(prepared: Prepared, folder: Path, log: Log, *, resume: bool) -> dict
 
 def _empty_summary(prepared: Prepared) -> dict[str, Any]:
     experiment, metric = prepared.experiment, prepared.metric.name
+    backend = experiment.hardware.backend
     return {
         "name": experiment.name,
         "metric": metric,
         metric: {"compressed": None},
-        "mismatches": dict.fromkeys((ENGINES[0], experiment.hardware.backend, *ENGINES[1:])),
+        "mismatches": dict.fromkeys((ENGINES[0], *((backend, *ENGINES[1:]) if backend else ()))),
         "vectors": None,
-        "cost": dict.fromkeys((experiment.hardware.backend, *COSTS)),
+        "cost": dict.fromkeys((backend, *COSTS) if backend else ()),
         "seeds": {"run": experiment.seed},
         "skipped": skips(experiment),
         "versions": versions(),
@@ -255,8 +256,8 @@ def verify(folder: str | Path, *, vectors: int | None = None, seed: int | None =
         summary["seeds"]["vectors"] = other.seed
         kept = {k: v for k, v in summary["skipped"].items() if k not in ("simulation", "verify")}
         summary["skipped"] = kept | {k: v for k, v in skips(experiment).items() if k == "simulation"}
-        comb = backend_of(prepared).to_comb(graph)
         job = Job(prepared._replace(experiment=other), view, model_state, folder, log, summary)
-        prove(job, graph, comb, read_infos(folder))
+        backend = backend_of(prepared)
+        prove(job, graph, backend and backend.to_comb(graph), backend and read_infos(folder))
         _finish(folder, summary, log)
     return read_json(folder / "summary.json")
