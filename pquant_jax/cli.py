@@ -50,6 +50,17 @@ integer, on the test set and on random codes of the whole input port.  Updates s
 
   pquant-jax verify runs/jets_hgq --vectors 100000 --seed 1
 """
+WEIGHTS: Final = """
+Prove another weight set in the netlist of a run that was lowered with --weights registers or ports, without lowering again.
+OTHER is a run of the same model with the same formats and masks, or its final.npz.  Its weights are simulated in the written
+Verilog, and loaded over the bus of the register file, which is compared before and after.
+
+  pquant-jax lower runs/jets --weights registers
+  pquant-jax weights runs/jets runs/jets_seed2
+
+Writes RUN/weights/<name of OTHER>/: weights.hex (the words to load, in the order of addresses), regmap.json (where every weight
+is) and proof.json (what was compared, and the metric with these weights).
+"""
 REPORT: Final = """
 Draw report.html of a finished run again, from the files in its directory.
 
@@ -86,6 +97,17 @@ against the flip rate, in weights (as they are, and with a part of the bits prot
 RUN/robust/: robust.json and pictures.
 
   pquant-jax robust runs/jets_hgq --protect 10
+"""
+FOREST: Final = """
+Boosted trees as hardware: a model file of XGBoost (JSON, UBJSON, JSON dump) or LightGBM (text, JSON dump) is put on fixed-point
+grids, pruned to a budget of LUTs, and written as RTL that is compared with it, integer by integer.  DATA.npz holds `x`
+(n, features), which sets the port and tests the netlist, and optionally `y`: labels give the accuracy, other numbers the error.
+
+  pquant-jax forest model.json --data jets.npz
+  pquant-jax forest model.txt --data jets.npz --integer 5 --fraction 10 --luts 2000 --backend alkaid --clock-period 3
+
+Writes runs/<stem of MODEL>/: rtl/comb and rtl/pipelined (whole projects, as `lower` writes them), graph.npz, summary.json
+(scores of the float and of the quantized forest, estimated LUTs, latency, mismatches).
 """
 SCHEMA: Final = """
 Print the JSON schema of a configuration file: every key with its type, default and meaning.  The sections of methods are
@@ -146,13 +168,14 @@ def _parser() -> argparse.ArgumentParser:
     resume = _command(commands, "resume", "go on with an interrupted run", RESUME, _resume)
     lower = _command(commands, "lower", "netlist, proof and cell count of a trained run again", LOWER, _lower)
     verify = _command(commands, "verify", "prove a lowered run again", VERIFY, _verify)
+    weights = _command(commands, "weights", "prove another weight set in a run's netlist", WEIGHTS, _weights)
     report = _command(commands, "report", "draw the report of a run again", REPORT, _report)
     predict = _command(commands, "predict", "apply a finished run to new data", PREDICT, _predict)
     scan = _command(commands, "scan", "the uncompressed model at a grid of ap_fixed<W,I>", SCAN, _scan)
     robust = _command(commands, "robust", "bit flips: what they do, and which bits to protect", ROBUST, _robust)
-    for command in (resume, lower, verify, report, predict, scan, robust):
+    for command in (resume, lower, verify, weights, report, predict, scan, robust):
         command.add_argument("run", metavar="RUN", help="run directory, e.g. runs/jets_hgq")
-    for command in (resume, lower, verify, robust):
+    for command in (resume, lower, verify, weights, robust):
         _add_quiet(command)
     _add_set(lower, "another value of a key of hardware (repeatable)")
     lower.add_argument("--backend", choices=["da4ml", "alkaid"], help="what turns the graph into logic")
@@ -165,6 +188,8 @@ def _parser() -> argparse.ArgumentParser:
     lower.add_argument("--onnx", nargs="+", metavar="KIND", help="write qonnx, onnx or qdq files too")
     verify.add_argument("--vectors", type=_positive, help="inputs to compare; default the run's")
     verify.add_argument("--seed", type=int, help="of the random ones; default the run's")
+    weights.add_argument("other", metavar="OTHER", help="another run, or its final.npz")
+    weights.add_argument("-o", "--out", metavar="OUT", help="folder; default RUN/weights/<name of OTHER>")
     predict.add_argument("data", metavar="DATA.npz", help="input data")
     predict.add_argument("-o", "--out", metavar="OUT.npz", help="default RUN/predictions.npz")
     predict.add_argument("--raw", action="store_true", help="x is not standardised yet: apply the run's (x - mean) / std first")
@@ -180,9 +205,32 @@ def _parser() -> argparse.ArgumentParser:
     robust.add_argument("--rates", type=float, nargs="+", metavar="P", help="chances that a bit flips; default 1e-4 to 0.1")
     robust.add_argument("--protect", type=float, default=10.0, metavar="N", help="percent of the bits (default %(default)s)")
     robust.add_argument("--trials", type=_positive, default=32, help="draws per rate (default %(default)s)")
+    _add_forest(commands)
     _command(commands, "schema", "print the JSON schema of a configuration", SCHEMA, _schema)
     _command(commands, "doctor", "what is installed and what is missing", DOCTOR, _doctor)
     return parser
+
+
+def _add_forest(commands: Any) -> None:
+    forest = _command(commands, "forest", "boosted trees of XGBoost or LightGBM as proved RTL", FOREST, _forest)
+    forest.add_argument("model", metavar="MODEL", help="model file, told by its content")
+    forest.add_argument("--data", metavar="DATA.npz", required=True, help="x (n, features) and optionally y")
+    forest.add_argument(
+        "--bits", type=_positive, default=16, help="of a feature; its range in x places the point (default %(default)s)"
+    )
+    forest.add_argument("--integer", type=int, metavar="I", help="integer bits of every feature, without the sign")
+    forest.add_argument("--fraction", type=int, metavar="F", help="fractional bits of every feature")
+    forest.add_argument("--leaves", type=_positive, default=8, metavar="BITS", help="of a leaf (default %(default)s)")
+    forest.add_argument("--luts", type=float, metavar="N", help="prune to about N LUTs; every second sample chooses what goes")
+    forest.add_argument("--backend", choices=["da4ml", "alkaid"], default="da4ml", help="default %(default)s")
+    forest.add_argument("--clock-period", type=float, default=5.0, metavar="NS", help="of the pipeline (default %(default)s)")
+    forest.add_argument("--base-margin", type=float, nargs="+", metavar="M", help="of a dump of XGBoost: one per output")
+    forest.add_argument("--names", nargs="+", metavar="NAME", help="of a dump with feature names: the columns of x")
+    forest.add_argument("--vectors", type=_positive, default=10_000, help="inputs to compare (default %(default)s)")
+    forest.add_argument("--seed", type=int, default=0, help="of the random ones (default %(default)s)")
+    forest.add_argument("-o", "--out", metavar="FOLDER", help="default runs/<stem of MODEL>")
+    forest.add_argument("--overwrite", action="store_true", help="replace what this command wrote there")
+    _add_quiet(forest)
 
 
 def _command(commands: Any, name: str, line: str, text: str, function: Callable[[Any], Any]) -> argparse.ArgumentParser:
@@ -240,6 +288,16 @@ def _verify(arguments: Any) -> None:
     verify(arguments.run, vectors=arguments.vectors, seed=arguments.seed, quiet=arguments.quiet)
 
 
+def _weights(arguments: Any) -> None:
+    from pquant_jax.run import weights
+
+    made = weights(arguments.run, arguments.other, arguments.out, quiet=arguments.quiet)
+    words = f"{made['words']:,} words of {made['word']} bits"
+    if not arguments.quiet:
+        place = arguments.out or os.path.join(arguments.run, "weights", made["weights"])
+        print(f"{made['weights']}: {words} in {place}, 0 mismatches ({', '.join(made['mismatches'])})")
+
+
 def _report(arguments: Any) -> None:
     from pquant_jax.run import write_report
 
@@ -291,6 +349,21 @@ def _robust(arguments: Any) -> None:
         row = ", ".join(f"{v:.4f} at {p:g}" for p, v in zip(curve["rates"], curve["mean"], strict=True))
         print(f"{name}: {found['metric']} {row} ({curve['clean']:.4f} without flips)")
     print(f"{found['bits']:,} weight bits; pictures and robust.json in {arguments.run}/robust")
+
+
+def _forest(arguments: Any) -> None:
+    from pquant_jax.run import forest
+
+    given = {key: value for key, value in vars(arguments).items() if key not in ("command", "model", "data", "out", "quiet")}
+    found = forest(arguments.model, arguments.data, arguments.out, quiet=arguments.quiet, **given)
+    if arguments.quiet:
+        return
+    about = found["forest"]
+    if "metric" in about:
+        pair = f"{about['quantized']:.4f}, of the float forest {about['float']:.4f}"
+        print(f"{about['metric']} {pair}, on {about['samples']:,} samples")
+    error = about["score_error"]
+    print(f"scores differ by {error['mean']:.3g}, at most {error['largest']:.3g}; summary.json and rtl/ in {found['folder']}")
 
 
 def _schema(arguments: Any) -> None:

@@ -19,7 +19,10 @@ from pquant_jax.cli import main
 from pquant_jax.config import _methods, _quantizers
 from pquant_jax.config._load import _sections, _tag
 
-COMMANDS = ("run", "resume", "lower", "verify", "report", "predict", "scan", "robust", "explain", "template", "schema", "doctor")
+COMMANDS = (
+    "run", "resume", "lower", "verify", "weights", "report", "predict", "scan", "robust", "forest",
+    "explain", "template", "schema", "doctor",
+)  # fmt: skip
 
 MODEL = """
 import flax.linen as nn
@@ -223,6 +226,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no run": (["resume", "runs/nothing"], "runs/nothing does not exist; give the path of a run"),
     "no run to lower": (["lower", "."], "is no run directory"),
     "no run to verify": (["verify", "."], "is no run directory"),
+    "no run for weights": (["weights", ".", "runs/other"], "is no run directory"),
     "no run to report": (["report", "."], "is no run directory"),
     "no run to predict": (["predict", ".", "new.npz"], "is no run directory"),
 }  # fmt: skip

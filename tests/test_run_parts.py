@@ -10,9 +10,10 @@ import pytest
 from rich.console import Console
 
 import pquant_jax as pq
-from pquant_jax import config, run
+from pquant_jax import config, lower, run
 from pquant_jax.run import _doctor, _exports, _files, _hardware, _log
 from pquant_jax.run._figures import score
+from pquant_jax.run._prepare import prepare, prepare_data
 
 
 def experiment(*overrides: str) -> config.Experiment:
@@ -54,10 +55,41 @@ def test_a_simulated_hls_project_needs_a_compiler(monkeypatch, tmp_path):
     _doctor.check_doors(experiment("hardware.hls={simulate: false}"))
 
 
+def test_doctor_knows_that_an_hls_project_without_a_compiler_is_not_simulated(monkeypatch):
+    found = {c.name: c for c in run.checks()}["hls4ml with g++"]
+    assert bool(found.found) == bool(_doctor.shutil.which("g++") and _doctor.importlib.util.find_spec("hls4ml"))
+    spec = _doctor.importlib.util.find_spec
+    monkeypatch.setattr(_doctor.importlib.util, "find_spec", lambda name: object() if name == "hls4ml" else spec(name))
+    which = _doctor.shutil.which
+    monkeypatch.setattr(_doctor.shutil, "which", lambda name, **k: None if name == "g++" else which(name, **k))
+    found = {c.name: c for c in run.checks()}["hls4ml with g++"]
+    assert (found.found, found.fix, found.step) == ("", "apt install g++", "the C simulation of hls4ml")
+
+
 def test_what_no_hls_project_can_be_is_refused_before_training(tmp_path):
     with pytest.raises(pq.LoweringError, match="did you mean 'ReuseFactor"):
         run.run(experiment("hardware.hls={config: {LayerName: {dense_0: {Reuse: 2}}}}"), root=tmp_path, quiet=True)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_stream_of_formats_that_training_moves_apart_is_refused_before_training(tmp_path):
+    stream = "hardware.hls={io_type: io_stream}"
+    with pytest.raises(pq.LoweringError, match="one per tensor there: quantize with granularity 'tensor'"):
+        run.run(experiment(stream), root=tmp_path, quiet=True)
+    assert not list(tmp_path.iterdir())
+    whole = experiment(stream, "quantization.activations.granularity=tensor")
+    _exports.check(prepare(whole, prepare_data(whole)))
+    never = experiment(stream, "quantization={method: fixed}")  # formats per element that stay equal
+    _exports.check(prepare(never, prepare_data(never)))
+
+
+def test_weights_that_are_loaded_count_in_the_size_before_training(monkeypatch):
+    loaded = experiment("hardware.weights=registers")
+    monkeypatch.setitem(lower.trace.__kwdefaults__, "limit", 10_000)  # between 4,256 products and five times as many
+    dataset = prepare_data(loaded)
+    prepare(experiment(), dataset)
+    with pytest.raises(pq.LoweringError, match="a product of two inputs counting"):
+        prepare(loaded, dataset)
 
 
 @pytest.mark.parametrize(

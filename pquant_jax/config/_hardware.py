@@ -87,3 +87,8 @@ class Hardware(Section):
         if self.latency_cutoff is not None and self.latency_ns is not None:
             raise ValueError("latency_cutoff or latency_ns, not both")
         return self
+
+    @property
+    def traced(self) -> str:
+        """How weights are traced: "constants", or "ports" for a register file too."""
+        return "constants" if self.weights == "constants" else "ports"

@@ -242,6 +242,26 @@ def write_registers(
     return Registers(where, moved, top, regs, words, voted)
 
 
+def read_registers(directory: str | Path, graph: Graph, rtl: RTLInfo, *, word: int | None = 8) -> Registers:
+    """What `write_registers` left in `directory` around `rtl`, a netlist of `graph`, with the same `word`.
+
+    Raises: DataError where a file is missing, or is of another netlist or bus.
+    """
+    folder, regs = Path(directory).absolute(), register_map(graph, rtl, word=word)
+    try:
+        told = json.loads((folder / "regmap.json").read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: no register map ({error}); write it with write_registers") from error
+    voted = np.zeros(regs.words * regs.word, bool)
+    for start, row in zip(regs.start, told.get("weights", ()), strict=False):
+        voted[start + np.array(row.get("voted", ()), np.int64)] = True
+    sources = list(folder.rglob(f"{_regfile.MODULE}.v"))
+    if told != regmap_json(regs, voted) or len(sources) != 1:
+        raise DataError(f"{folder} is the register file of another netlist or bus; write it again with write_registers")
+    moved = rtl._replace(directory=folder, src=sources[0].parent)
+    return Registers(folder, moved, f"{rtl.name}_registers", regs, read_words(folder / "weights.hex", regs), voted)
+
+
 def _layout(regs: RegisterMap, rtl: RTLInfo, top: str) -> _regfile.Layout:
     fields = tuple(zip(regs.start.tolist(), regs.bits.tolist(), strict=True))
     data = int(rtl.inp_kifs.sum()) - int(regs.bits.sum())

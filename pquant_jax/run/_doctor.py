@@ -68,6 +68,9 @@ def checks() -> list[Check]:
     for package, purpose in _DOORS.items():
         found = _version(package) if importlib.util.find_spec(package) else ""
         made.append(Check(package, found, purpose, f"pip install {package}", f"what needs {package}"))
+    fix = "apt install g++" if importlib.util.find_spec("hls4ml") else "pip install hls4ml"
+    simulated = _on_path("g++") if fix.startswith("apt") else ""  # hls4ml's scripts call g++ itself, another compiler is no help
+    made.append(Check("hls4ml with g++", simulated, "the C simulation of HLS projects", fix, "the C simulation of hls4ml"))
     drawn = _version("matplotlib") if importlib.util.find_spec("matplotlib") else ""
     made.append(Check("matplotlib", drawn, "pictures of the report", "pip install 'pquant_jax[plots]'", "pictures"))
     return made

@@ -13,9 +13,16 @@ from pquant_jax.lower import Graph, check_outputs
 from pquant_jax.lower.backends import hls4ml
 from pquant_jax.lower.emulate import emulate, flatten_batch
 from pquant_jax.run._log import Log, phase
-from pquant_jax.run._prepare import Prepared
+from pquant_jax.run._prepare import Prepared, untrained_graph
 
 ENGINES = {"qonnx": "qonnx", "onnx": "onnxruntime", "qdq": "onnxruntime"}
+
+
+def check(prepared: Prepared) -> None:
+    """Raise `LoweringError` before training for a model that hls4ml can't say, in whatever formats training may give it."""
+    hardware = prepared.experiment.hardware
+    if hardware.lower and hardware.hls is not None:
+        hls4ml.to_hls(untrained_graph(prepared, apart=True), "hls", **hls_options(prepared.experiment))
 
 
 def export(

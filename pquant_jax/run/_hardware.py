@@ -197,7 +197,8 @@ def write_projects(
     from pquant_jax.lower.project import write_project
 
     hardware, name = prepared.experiment.hardware, top_module(prepared.experiment.name)
-    some = [_testbench_vectors(v, np.ndim(v) == len(graph.nodes[j].shape)) for v, j in zip(inputs, graph.inputs, strict=True)]
+    data = [_ends(v) for v, j in zip(inputs, graph.inputs, strict=True) if np.ndim(v) > len(graph.nodes[j].shape)]
+    some = [*data, *(np.broadcast_to(v, (len(data[0]), *v.shape)) for v in inputs[len(data) :])]
     infos = {}
     for kind, cutoff in {"comb": -1.0, "pipelined": found.cut.cutoff}.items():
         made = write_project(
@@ -211,8 +212,9 @@ def write_projects(
     return infos
 
 
-def _testbench_vectors(x: np.ndarray, same: bool) -> np.ndarray:
-    return np.broadcast_to(x, (2 * TESTBENCH, *x.shape)) if same else np.concatenate([x[:TESTBENCH], x[-TESTBENCH:]])
+def _ends(x: np.ndarray) -> np.ndarray:
+    """Vectors of the test set, which come first, and random ones; all of them if they are few."""
+    return x if len(x) <= 2 * TESTBENCH else np.concatenate([x[:TESTBENCH], x[-TESTBENCH:]])
 
 
 def register_file(job: Job, graph: Graph, found: Netlist, inputs: Sequence[np.ndarray], weights: Sequence[np.ndarray]) -> RTLInfo:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,9 @@ from pquant_jax._errors import ConfigError, DataError
 from pquant_jax.data import Dataset
 from pquant_jax.graph import Instrumented
 from pquant_jax.run._files import read_json
+
+if TYPE_CHECKING:
+    from pquant_jax.lower import Graph
 
 
 class Prepared(NamedTuple):
@@ -63,15 +67,35 @@ def prepare(experiment: config.Experiment, dataset: Dataset) -> Prepared:
     inst = config.instrumented(experiment, made, x)
     _check_outputs(experiment, dataset, inst, loss, metric)
     compression = config.compression(experiment, inst)
-    if experiment.hardware.lower and config.quantizes(experiment):
-        from pquant_jax.lower import trace
-
-        final = quantize.fixed(inst.sites) if experiment.quantization is None or compression is None else compression
-        params = final.attach(made.params)
-        trace(inst, final.apply(params, final.init(params))[0], made.state)  # refuses ops, not numbers
     epochs = len(train.schedule(plan))
     steps = epochs * (size(dataset.train) // experiment.training.batch_size)
-    return Prepared(experiment, dataset, inst, compression, loss, metric, plan, epochs, steps)
+    prepared = Prepared(experiment, dataset, inst, compression, loss, metric, plan, epochs, steps)
+    if experiment.hardware.lower and config.quantizes(experiment):
+        untrained_graph(prepared)  # refuses ops and sizes, not numbers
+    return prepared
+
+
+def untrained_graph(prepared: Prepared, *, apart: bool = False) -> Graph:
+    """The graph of the model as it starts.  apart: formats that training moves differ from element to element, as they may then.
+
+    Raises: LoweringError for what can't be lowered.
+    """
+    from pquant_jax.lower import trace
+
+    experiment, inst, compression = prepared.experiment, prepared.inst, prepared.compression
+    start = quantize.fixed(inst.sites) if experiment.quantization is None or compression is None else compression
+    params = start.attach(inst.model.params)
+    view = start.apply(params, start.init(params))[0]
+    if apart:
+        moving = {name for name, choice in start.formats.items() if choice.moves}
+        view = view._replace(sites={n: _spread(fmt) if n in moving else fmt for n, fmt in view.sites.items()})
+    return trace(inst, view, inst.model.state, weights=experiment.hardware.traced)
+
+
+def _spread(fmt: Any) -> Any:
+    """A format whose elements, if it has several, do not all have the same fraction."""
+    f = np.asarray(fmt.f, np.float32)
+    return replace(fmt, f=jnp.asarray(f + (np.arange(f.size) % 2).reshape(f.shape).astype(np.float32)))
 
 
 def size(split: Any) -> int:

@@ -14,6 +14,7 @@ from pquant_jax._base import Tree, View
 from pquant_jax._errors import ConfigError, LoweringError, ToolError, VerifyError
 from pquant_jax.report import save_profiles
 from pquant_jax.run._doctor import check_doors, skips
+from pquant_jax.run._exports import check as check_exports
 from pquant_jax.run._figures import model_figures, outputs, profiles, score
 from pquant_jax.run._files import create, new_folder, open_run, read_json, write_json, write_npz, write_text
 from pquant_jax.run._log import Log, make_log, phase
@@ -49,6 +50,7 @@ def run(
     folder, log = new_folder(root, experiment.name, overwrite=overwrite), make_log(quiet=quiet)
     with config.importing(experiment.folders), stop_at_once():
         prepared = _prepared(experiment, log)
+        check_exports(prepared)
         create(folder, experiment)
         write_json(folder / "dataset.json", describe_data(prepared.dataset))
         return _work(prepared, folder, log, resume=False)

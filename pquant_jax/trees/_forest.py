@@ -158,12 +158,17 @@ def scores(forest: Forest, x: np.ndarray) -> np.ndarray:
     return reached @ adds + forest.base
 
 
-def depth(forest: Forest) -> int:
-    """Splits on the longest way from a root to a leaf."""
+def heights(forest: Forest) -> np.ndarray:
+    """Splits on the longest way from each node to a leaf, int64 (nodes,)."""
     height = np.zeros(len(forest.feature), np.int64)
     for j in np.flatnonzero(forest.feature >= 0)[::-1]:  # children come behind their parents
         height[j] = 1 + max(height[forest.left[j]], height[forest.right[j]])
-    return int(height[forest.root].max(initial=0))
+    return height
+
+
+def depth(forest: Forest) -> int:
+    """Splits on the longest way from a root to a leaf."""
+    return int(heights(forest)[forest.root].max(initial=0))
 
 
 def read_bytes(path: Any, others: str) -> bytes:

@@ -17,7 +17,7 @@ import numpy as np
 from pquant_jax._errors import LoweringError
 from pquant_jax.lower.ir import CODE_LIMIT, Graph, validate
 from pquant_jax.trees._emit import Emit, less, trailing_zeros
-from pquant_jax.trees._forest import Forest
+from pquant_jax.trees._forest import Forest, heights
 from pquant_jax.trees._quantize import QuantizedForest, codes
 
 TABLE_BITS: Final = 6  # inputs of a look-up table of the FPGA
@@ -90,7 +90,7 @@ def to_graph(made: QuantizedForest, *, table_bits: int = TABLE_BITS, compare: st
 def _values(made: QuantizedForest, table_bits: int) -> tuple[_Values, list[int]]:
     """(every scalar, the value of every tree)."""
     forest, limits, values = made.forest, codes(made), _Values()
-    height = _heights(forest)
+    height = heights(forest)
     bits: dict[int, list[int | None]] = {}  # of a subtree: which way at each level, the last question first
     found: dict[int, int] = {}
     for j in range(len(forest.feature) - 1, -1, -1):  # children come behind their parents
@@ -112,13 +112,6 @@ def _known(value: int | None) -> int:
     if value is None:
         raise LoweringError("a tree without a leaf; report the forest to the authors of pquant_jax")
     return value
-
-
-def _heights(forest: Forest) -> np.ndarray:
-    height = np.zeros(len(forest.feature), np.int64)
-    for j in np.flatnonzero(forest.feature >= 0)[::-1]:
-        height[j] = 1 + max(height[forest.left[j]], height[forest.right[j]])
-    return height
 
 
 def _entries(forest: Forest, node: int, height: np.ndarray) -> list[float]:

@@ -21,17 +21,19 @@ def prove(
     *,
     graph: Graph | None = None,
     comb: Any = None,
+    backend: Any = None,
     rtls: Mapping[str, Any] | None = None,
     others: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None,
     vectors: int = 10_000,
     seed: int = 0,
     work: Any = None,
 ) -> dict[str, Any]:
-    """Compare the emulator, da4ml and the simulated RTL with the forest's own walk, integer by integer.
+    """Compare the emulator, the netlist and the simulated RTL with the forest's own walk, integer by integer.
 
     x_test: (N, features), put on the port; random codes of the whole port are added up to `vectors`, at least half as many.
-    graph: `to_graph(made)` if not given.  comb: its netlist (`da4ml.to_comb`).  rtls: {name: RTLInfo} to simulate; work:
-    folder for that.  others: {name: f}, f(x on the port (N, features)) -> (N, outputs), such as the library that trained it.
+    graph: `to_graph(made)` if not given.  comb: its netlist by the module `backend` (da4ml's if None).  rtls: {name: RTLInfo}
+    to simulate; work: folder for that.  others: {name: f}, f(x on the port (N, features)) -> (N, outputs), such as the
+    library that trained it.
     Returns: {"mismatches": {"emulator": 0, ...}, "vectors", "outputs"}, a name for each that was compared.
     Raises: VerifyError at the first that differs, with the sample, the output and both integers.
     """
@@ -42,9 +44,9 @@ def prove(
     expected = to_codes(scores(made.forest, x), int(made.leaves.f))
     implementations: dict[str, Callable[[np.ndarray], np.ndarray]] = {"emulator": lambda v: emulate(graph, [v])[0]}
     if comb is not None:
-        from pquant_jax.lower.backends import da4ml
-
-        implementations["da4ml"] = lambda v: da4ml.predict(comb, v)
+        if backend is None:
+            from pquant_jax.lower.backends import da4ml as backend
+        implementations[backend.__name__.rpartition(".")[2]] = lambda v: backend.predict(comb, v)
     for name, rtl in (rtls or {}).items():
         from pquant_jax.lower import sim
 

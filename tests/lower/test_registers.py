@@ -73,6 +73,24 @@ def test_the_map_reads_back_what_was_stored(made, word):
     assert len(set(number.tolist())) == len(number) == regs.bits.sum() and number.max() < regs.word * regs.words
 
 
+def test_a_written_register_file_is_known_again(made, tmp_path):
+    """Everything but where the netlist's own project was; another word or graph is refused."""
+    rng = np.random.default_rng(3)
+    voted = np.zeros(write(made, tmp_path / "plain").voted.shape, bool)
+    number, _, _ = registers.stored_bits(registers.register_map(made.sets.graph, made.rtl[4]))
+    voted[rng.choice(number, 9, replace=False)] = True
+    regs = write(made, tmp_path / "regs", 4, voted=voted)
+    again = registers.read_registers(tmp_path / "regs", made.sets.graph, made.rtl[4])
+    assert (again.top, again.directory, again.netlist.src) == (regs.top, regs.directory, regs.netlist.src)
+    np.testing.assert_array_equal(again.voted, voted)
+    np.testing.assert_array_equal(again.image, regs.image)
+    np.testing.assert_array_equal(again.map.start, regs.map.start)
+    with pytest.raises(DataError, match="another netlist or bus"):
+        registers.read_registers(tmp_path / "regs", made.sets.graph, made.rtl[4], word=9)
+    with pytest.raises(DataError, match="no register map"):
+        registers.read_registers(tmp_path, made.sets.graph, made.rtl[4])
+
+
 def test_the_files_say_the_same(made, tmp_path):
     """regmap.json and the hexadecimal words are enough to know every weight."""
     regs = write(made, tmp_path / "regs", word=8)

@@ -92,12 +92,22 @@ begin
   test : process
     file inputs : text open read_mode is "inputs.hex";
     file outputs : text open read_mode is "outputs.hex";
-    variable row : line;
-    variable good : boolean;
     variable given : std_logic_vector(@in_digits@ * 4 - 1 downto 0);
     variable wanted : std_logic_vector(@out_digits@ * 4 - 1 downto 0);
     variable got, want : std_logic_vector(@out_high@ downto 0);
     variable vector, wrong, printed : natural := 0;
+
+    procedure take(file hex : text; name : string; number : natural; bits : out std_logic_vector) is
+      variable row : line;
+      variable good : boolean;
+    begin
+      good := not endfile(hex);
+      if good then
+        readline(hex, row);
+        hread(row, bits, good);
+      end if;
+      assert good report "FAIL " & name & " ends before vector " & integer'image(number) severity failure;
+    end procedure take;
 
     procedure check(element : string; high, low : natural; negative : boolean) is
     begin
@@ -113,23 +123,13 @@ begin
 @table_checks@
     for cycle in 0 to VECTORS + DELAY - 1 loop
       if cycle < VECTORS then
-        good := not endfile(inputs);
-        if good then
-          readline(inputs, row);
-          hread(row, given, good);
-        end if;
-        assert good report "FAIL inputs.hex ends before vector " & integer'image(cycle) severity failure;
+        take(inputs, "inputs.hex", cycle, given);
         model_inp <= given(model_inp'range);
       end if;
 @clock_cycle@
       if cycle >= DELAY then
         vector := cycle - DELAY;
-        good := not endfile(outputs);
-        if good then
-          readline(outputs, row);
-          hread(row, wanted, good);
-        end if;
-        assert good report "FAIL outputs.hex ends before vector " & integer'image(vector) severity failure;
+        take(outputs, "outputs.hex", vector, wanted);
         got := model_out;
         want := wanted(model_out'range);
         if got /= want then
