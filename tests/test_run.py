@@ -381,10 +381,15 @@ def test_bit_flips_of_a_run(copy, capsys):
 
 def test_lower_again_through_every_door(copy, summary):
     pytest.importorskip("onnx")
-    other = ["hardware.backend=alkaid", "hardware.onnx=[qonnx, onnx]", "hardware.hls={backend: Vitis, simulate: false}"]
+    other = [
+        "hardware.backend=alkaid",
+        "hardware.onnx=[qonnx, onnx]",
+        "hardware.hls={simulate: false, config: {Model: {Strategy: resource}}}",
+    ]
     changed = run.lower(copy, other, quiet=True)
     assert {k for k, v in changed["mismatches"].items() if v == 0} == {"emulator", "alkaid", "qonnx", "onnx"}
     assert changed["cost"]["alkaid"] > 0 and "da4ml" not in changed["cost"]
+    assert "Strategy: resource" in (copy / "hls" / "hls4ml_config.yml").read_text()
     assert (copy / "hls" / "firmware").is_dir() and (copy / "model.qonnx.onnx").is_file() and (copy / "model.onnx").is_file()
     registers = [
         "hardware.weights=registers",

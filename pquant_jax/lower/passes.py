@@ -59,20 +59,20 @@ def subgraph(graph: Graph, known: Sequence[Interval], inputs: Sequence[int], out
     >>> [(n.op, n.name, n.inputs) for n in cut.nodes], cut.nodes[0].attrs["k"].item()
     ([('input', '%1 abs', ()), ('input', 'y', ()), ('add', '', (0, 1))], 0)
     """
-    needed = {*inputs, *outputs}
+    cuts, needed = frozenset(inputs), {*inputs, *outputs}
     for j in reversed(range(len(graph.nodes))):
-        if j in needed and j not in inputs:
+        if j in needed and j not in cuts:
             needed.update(graph.nodes[j].inputs)
     order = sorted(needed)
     place = {j: n for n, j in enumerate(order)}
 
     def cut(j: int) -> Node:
         node = graph.nodes[j]
-        if j not in inputs:
+        if j not in cuts:
             return replace(node, inputs=tuple(place[m] for m in node.inputs))
         return Node("input", (), node.shape, dict(zip("kif", narrowest(known[j]), strict=True)), label(graph, j))
 
-    ports = [*inputs, *(j for j in order if graph.nodes[j].op == "input" and j not in inputs)]
+    ports = [*inputs, *(j for j in order if graph.nodes[j].op == "input" and j not in cuts)]
     return validate(Graph(tuple(cut(j) for j in order), tuple(place[j] for j in ports), tuple(place[j] for j in outputs)))
 
 

@@ -357,7 +357,7 @@ def _check_bits(graph: Graph, limit: int, kind: str, why: str) -> None:
             continue
         at = tuple(int(j) for j in np.unravel_index(bits.argmax(), bits.shape))
         node, own = graph.nodes[index], known[index]
-        where = f" in layer {layer!r}" if (layer := layer_names(graph)[index]) else ""
+        where = f" in layer {layer!r}" if (layer := _layer_names(graph)[index]) else ""
         raise LoweringError(
             f"{label(graph, index)}{where}: element {at} needs {bits.max()} bits, {kind} has {limit}: {why}. "
             f"Its range is [{own.low[at]:g}, {own.high[at]:g}]. {_advice(node, int(bits.max()) - limit)}"
@@ -374,11 +374,9 @@ def _advice(node: Node, excess: int) -> str:
     )
 
 
-def layer_names(graph: Graph, *, readers_first: bool = True) -> list[str]:
-    """Per node the model layer: its own name without the last part, else the nearest named node's.
-
-    Nodes behind it come first, or with readers_first=False those before it; "" without any.
-    """
+def _layer_names(graph: Graph) -> list[str]:
+    """Per node the model layer: its own name without the last part, else that of the nearest named node behind it, else before
+    it; "" without any.  `cost.layer_names` looks before it alone, for there a layer pays for what it computes."""
     own = [(0, node.name) if node.name else None for node in graph.nodes]
     behind, before = [*own], [*own]
     readers = consumers(graph)
@@ -386,7 +384,7 @@ def layer_names(graph: Graph, *, readers_first: bool = True) -> list[str]:
         behind[j] = own[j] or _next(behind[m] for m in readers[j])
     for j, node in enumerate(graph.nodes):
         before[j] = own[j] or _next(before[m] for m in node.inputs)
-    found = (a or b for a, b in zip(*((behind, before) if readers_first else (before, behind)), strict=True))
+    found = (a or b for a, b in zip(behind, before, strict=True))
     return [f[1].rsplit("/", 1)[0] if f else "" for f in found]
 
 

@@ -271,6 +271,19 @@ def test_reports_of_the_vendors_tools(tmp_path):
     assert found["VivadoSynthReport"] == {"LUT": "5400", "FF": "2980", "BRAM_18K": "2", "URAM": "0", "DSP48E": "17"}
 
 
+def test_build_gives_the_report_of_any_tool(tmp_path, monkeypatch):
+    model = hls.to_hls(dense(), tmp_path / "p", backend="Quartus")
+    monkeypatch.setattr(shutil, "which", lambda tool: tool)
+    with pytest.raises(ToolError, match="is not written"):
+        hls.build(model)
+    hls.write(model)
+    monkeypatch.setattr(model.project, "build", lambda **options: {"asked": options})
+    assert hls.build(model, synth=False) == {"asked": {"synth": False}}
+    monkeypatch.setattr(model.project, "build", lambda **options: None)
+    with pytest.raises(ToolError, match="no report"):
+        hls.build(model)
+
+
 @needs_gcc
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2 * len(KINDS)))

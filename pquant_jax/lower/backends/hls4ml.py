@@ -221,14 +221,14 @@ def build(model: HLSModel, **options: Any) -> dict[str, Any]:
     missing = [tool for tool in BACKENDS[backend].tools if shutil.which(tool) is None]
     if missing:
         raise ToolError(
-            f"synthesis with backend {backend!r} needs {', '.join(missing)} on PATH: install the vendor's tools and source their "
-            "settings64.sh; the C simulation (`compile`, `predict`) and the RTL of da4ml need neither"
+            f"synthesis with backend {backend!r} needs {', '.join(missing)} on PATH: install the vendor's tools (AMD's: and "
+            "source settings64.sh); the C simulation (`compile`, `predict`) and the RTL of da4ml need none"
         )
     if not (model.directory / "firmware").is_dir():
         raise ToolError(f"{model.directory} is not written; call `write` or `compile` first")
     with quiet("building"):
-        model.project.build(**options)
-    return report(model.directory)
+        found = model.project.build(**options)  # of tools that `report` can't read, too
+    return found or report(model.directory)
 
 
 def report(directory: str | Path) -> dict[str, Any]:
