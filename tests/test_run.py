@@ -408,6 +408,16 @@ def test_lower_again_through_every_door(copy, summary):
         run.lower(copy, ["hardware.onnx=[qonnx]"], quiet=True)
 
 
+def test_lower_again_without_a_netlist(copy, summary):
+    other = run.lower(copy, ["hardware.backend=null", "hardware.onnx=[qonnx]"], quiet=True)
+    assert other["mismatches"] == {"emulator": 0, "qonnx": 0} and other["cost"] == {} and not (copy / "rtl").exists()
+    assert other["skipped"] == dict.fromkeys(("simulation", "synthesis"), "hardware.backend is null: there is no netlist")
+    assert other["accuracy"] == summary["accuracy"] and "layer_cost" not in other and (copy / "report.html").is_file()
+    assert run.verify(copy, vectors=100, quiet=True)["mismatches"] == other["mismatches"]
+    with pytest.raises(pq.ConfigError, match="backend: da4ml or alkaid with weights"):
+        run.lower(copy, ["hardware.weights=ports", "hardware.onnx=[]"], quiet=True)
+
+
 def test_lower_again_with_another_pipeline(copy, summary):
     changed = run.lower(copy, ["hardware.latency_cutoff=1", "hardware.vhdl=false"], quiet=True)
     assert changed["cost"]["latency_cycles"] > summary["cost"]["latency_cycles"]

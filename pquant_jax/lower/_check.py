@@ -118,7 +118,7 @@ def _walk(program: Program, params: dict[str, Any], sample: Any, ports: Sequence
             declared[node] = port
     size = of_program(program._replace(inputs=program.inputs[len(params) :]))
     if size.products + size.elements > MAX_SIZE:
-        fix = "prune more or make the input smaller; hls4ml with io_stream is the route for such a model (not built here)"
+        fix = "prune more, make the input smaller, or go through hls4ml with io_stream (trace(limit=inf); hardware.backend null)"
         return [Gap("the model", str(size), "", fix)]
     for step in program.steps:
         ins = [_Seen(np.asarray(v.value)) if isinstance(v, Const) else env[v] for v in step.ins]

@@ -126,5 +126,6 @@ def check_size(inst: Instrumented, view: View, model_state: Tree, limit: float, 
             f"the fully parallel netlist would have {found}; the limit is {limit:,.0f} in all"
             f"{f', a product of two inputs counting {LOADABLE} times' if loadable else ''}.  Prune more, or make the input "
             "smaller; or go through hls4ml, one position after the other: trace with limit=float('inf') and quantizers of one "
-            "format per tensor, then lower.backends.hls4ml.to_hls(graph, directory, io_type='io_stream')"
+            "format per tensor, then lower.backends.hls4ml.to_hls(graph, directory, io_type='io_stream'); in a configuration "
+            "hardware.backend null with hardware.hls.io_type io_stream"
         )

@@ -20,7 +20,7 @@ from pquant_jax.lower.emulate import port_grid
 from pquant_jax.lower.project import quoted, write_project
 from pquant_jax.lower.rtl import RTLInfo, whole_folder
 from pquant_jax.run._files import read_json, write_json
-from pquant_jax.run._hardware import TESTBENCH, top_module
+from pquant_jax.run._hardware import SOURCE, TESTBENCH, top_module
 from pquant_jax.run._log import Log, make_log, phase
 from pquant_jax.run._prepare import versions
 from pquant_jax.run._signals import stop_at_once
@@ -266,7 +266,7 @@ def _write(design: _Design, folder: Path) -> dict[str, RTLInfo]:
     for kind, cutoff in (("comb", -1.0), ("pipelined", design.cut.cutoff)):
         project = write_project(
             design.graph, design.comb, folder / "rtl" / kind, name=design.name, backend=design.package, latency_cutoff=cutoff,
-            clock_period=design.cut.clock_ns, vectors=[design.inputs], origin=design.origin,
+            clock_period=design.cut.clock_ns, vectors=[design.inputs], origin=design.origin, source=SOURCE,
         )  # fmt: skip
         made[f"rtl_{kind}"] = project.rtl["verilog"]
     return made

@@ -42,6 +42,7 @@ from pquant_jax.run._prepare import Prepared
 from pquant_jax.run._robust import sensitivity
 
 TESTBENCH: Final = 500  # vectors of the test set in a written project, and as many random ones
+SOURCE: Final = "samples of the data, then random codes of the whole port"
 SWEEP: Final = (0.4, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0)  # times the run's own latency cutoff
 CELLS: Final = ("lut", "ff", "dsp", "carry")
 LOADED: Final = 1000  # vectors that the register file is compared on, at power-up and after loading
@@ -117,7 +118,7 @@ def _traced(job: Job) -> tuple[Graph, list[np.ndarray]]:
         summary.setdefault(prepared.metric.name, {})["emulated"] = value
         summary["channels"] = {"total": total, "dead": total - channels(remove_dead(fixed))}
         remarks.append(f"{len(graph.nodes)} nodes, emulated test {prepared.metric.name} {value:.4f}")
-        if not weights:
+        if not weights and prepared.experiment.hardware.backend:
             remarks.append(f"{summary['channels']['dead']} of {total} channels dead, which the netlist leaves out")
     return graph, weights
 
@@ -209,7 +210,7 @@ def write_projects(
             graph, found.comb, folder / "rtl" / kind, name=name, backend=backend_of(prepared),
             flavors=("verilog", "vhdl") if hardware.vhdl else ("verilog",), latency_cutoff=cutoff, part=hardware.part,
             clock_period=found.cut.clock_ns, vectors=some, overwrite=True,
-            origin={"run": prepared.experiment.name},
+            origin={"run": prepared.experiment.name}, source=SOURCE,
         )  # fmt: skip
         infos[f"rtl_{kind}"] = made.rtl["verilog"]
     write_json(folder / "rtl" / "info.json", {key: _info_json(info, folder) for key, info in infos.items()})

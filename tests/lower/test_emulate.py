@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -291,3 +292,14 @@ def test_graph_survives_save_and_load(kind, tmp_path):
     assert (again.inputs, again.outputs) == (graph.inputs, graph.outputs)
     x = port_grid(graph, 100, rng)
     np.testing.assert_array_equal(flatten_batch(emulate(again, x)), flatten_batch(emulate(graph, x)))
+
+
+def test_parts_of_the_samples_give_what_all_of_them_give(monkeypatch):
+    rng = np.random.default_rng(11)
+    graph = random_graph(rng, "mixed")
+    inputs = port_grid(graph, 50, rng)
+    whole = emulate(graph, inputs)
+    module = sys.modules["pquant_jax.lower.emulate"]  # as an attribute of the package it is the function
+    monkeypatch.setattr(module, "_AT_ONCE", 7 * max(int(np.prod(node.shape)) for node in graph.nodes))
+    for part, all_ in zip(emulate(graph, inputs), whole, strict=True):
+        np.testing.assert_array_equal(part, all_)

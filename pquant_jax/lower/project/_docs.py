@@ -138,4 +138,4 @@ def _row(run: Sequence[Element]) -> str:
         return f"| {label} | none | | | | 0 | 0 | |"
     step, span = 2.0**-first.f, 2.0**first.i
     place = f"{last.offset + last.width - 1}:{first.offset}"
-    return f"| {label} | {place} | {first.k} | {first.i} | {first.f} | {-first.k * span:g} | {span - step:.17g} | {step:g} |"
+    return f"| {label} | {place} | {first.k} | {first.i} | {first.f} | {-first.k * span:g} | {span - step:.17g} | {step:.17g} |"

@@ -56,6 +56,7 @@ def write_project(
     backend: Any = None,
     overwrite: bool = False,
     origin: Mapping[str, Any] | None = None,
+    source: str = "given by the user",
 ) -> ProjectInfo:
     """Write `comb`, the netlist of `graph`, as a project that can be moved anywhere: it refers to no file outside.
 
@@ -66,6 +67,7 @@ def write_project(
       vectors: arrays (N, *shape), one per input, or how many to draw over all codes of the ports with `seed`.
       origin: provenance for `metadata.json`; "mismatches" ({implementation: count}) and "vectors" as `verify` gives them
         are quoted in the README.
+      source: what `vectors` are if they are arrays, for the README.
     Raises: LoweringError for names, flavors or ports that can't be written and an existing `directory`; DataError for
       wrong vectors; VerifyError if the netlist's outputs can't hold what the graph computes.  Nothing is left then.
 
@@ -83,7 +85,7 @@ def write_project(
     _check_arguments(name, flavors, part, clock_period, (clock_uncertainty, *io_delay))
     if backend is None:
         from pquant_jax.lower.backends import da4ml as backend
-    given, source = _vectors(graph, vectors, seed)
+    given, source = _vectors(graph, vectors, seed, source)
     expected = flatten_batch(emulate(graph, given))
     asked = {
         "backend": backend.__name__.rpartition(".")[2],
@@ -162,12 +164,12 @@ def _check_arguments(name: str, flavors: Sequence[str], part: str, clock_period:
         )
 
 
-def _vectors(graph: Graph, vectors: int | Sequence[np.ndarray], seed: int) -> tuple[list[np.ndarray], str]:
+def _vectors(graph: Graph, vectors: int | Sequence[np.ndarray], seed: int, source: str) -> tuple[list[np.ndarray], str]:
     if not isinstance(vectors, int | np.integer):
         given = [np.asarray(v, np.float64) for v in vectors]
         if not given or not len(given[0]):
             raise DataError("vectors holds no sample; pass arrays (N, *shape), one per input, or a number")
-        return given, "given by the user"
+        return given, source
     if vectors < 1:
         raise DataError(f"vectors is {vectors}, expected at least 1")
     return port_grid(graph, int(vectors), np.random.default_rng(seed)), f"drawn over all codes of the ports, seed {seed}"
