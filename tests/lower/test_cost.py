@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -161,3 +162,13 @@ def test_the_table_ends_with_the_total_and_the_shipped_fit_is_near_da4ml():
     for cell in (*cost.CELLS, "cost"):
         assert rows[-1][cell] == pytest.approx(sum(row[cell] for row in rows[:-1]))
     assert 0.6 < rows[-1]["lut"] / rows[-1]["cost"] < 1.3 and rows[-1]["ff"] > 0
+
+
+def test_the_page_on_costs_quotes_the_shipped_errors():
+    page = (Path(__file__).parents[2] / "docs" / "cost.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.count("|") == 11]
+    quoted = {row[0]: row[6] for row in rows if row[6].endswith("%")}
+    errors = {name: error["lut"] for name, error in cost.shipped().left_out.items()}
+    assert quoted == {name: f"{100 * error:+.1f} %" for name, error in errors.items()}
+    sizes = sorted(map(abs, errors.values()))
+    assert f"{100 * sizes[len(sizes) // 2]:.1f} % in the median, {100 * sizes[-1]:.1f} % at worst" in page
