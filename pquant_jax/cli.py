@@ -112,7 +112,7 @@ Writes runs/<stem of MODEL>/: rtl/comb and rtl/pipelined (whole projects, as `lo
 SCHEMA: Final = """
 Print the JSON schema of a configuration file: every key with its type, default and meaning.  The sections of methods are
 pruning (ap, autosparse, cs, dst, magnitude, pdp, random, wanda), constraints (MDMM on sparsity, group_sparsity, dsp_sparsity,
-bram_sparsity, nm_violation, ebops, patterns or a function), quantization (binary, dynamic, fixed, hgq,
+bram_sparsity, nm_violation, ebops, patterns or a function), quantization (binary, dynamic, fixed, frozen, hgq,
 minifloat, ternary) and search (fitcompress, hawq).
 
   pquant-jax schema > experiment.schema.json

@@ -70,6 +70,18 @@ def _compression(experiment, prepared, **_):
     return made.name, modes, sorted(view.masks), _leaves((params, state, view))
 
 
+def _frozen(experiment, prepared, *, tmp_path, **_):
+    """What is held still of a model that was quantized to that many fractional bits."""
+    for bits in (2, 4):
+        held = pq.quantize.fixed(prepared.inst.sites, weights=pq.quantize.Format(i=0, f=bits, k=1))
+        params = held.attach(prepared.inst.model.params)
+        arrays = pq.train.finalize(held, params, held.init(params), prepared.inst.model.state, inst=prepared.inst)
+        pq.save_final(tmp_path / f"found_{bits}.npz", arrays)
+    section = experiment.quantization.model_copy(update={"of": str(tmp_path / experiment.quantization.of)})
+    made = config.compression(experiment.model_copy(update={"quantization": section, "pruning": None}), prepared.inst)
+    return [(name, choice.format) for name, choice in made.formats.items()]
+
+
 def _every_kind(experiment, prepared, **_):
     """What a quantizer does at every site of a model that has tables and outputs with a format of their own."""
     more = {kind: pq.SiteSpec((3,), kind) for kind in ("table", "output")}
@@ -416,6 +428,8 @@ def _formats_table() -> dict[str, tuple[Any, Any, list[str]]]:
             values["granularity"] = [0] if given.granularity == "tensor" else "tensor"
             setting = [f"quantization={json.dumps({'method': method})}"]
             table |= {f"quantization.{method}.{name}.{key}": (values[key], _every_kind, setting) for key in bits.model_fields}
+        if "rules" not in section.model_fields:  # frozen: those of another run
+            continue
         setting = [f"quantization={json.dumps({'method': method, 'rules': [RULE]})}"]
         values = {**FORMAT, "where": "Dense_1/.*", "kind": "input", "overflow": "SAT" if method == "hgq" else "WRAP"}
         rule = _sections(section.model_fields["rules"].annotation)[0]
@@ -427,7 +441,8 @@ def _quantizers_table() -> dict[str, tuple[Any, Any, list[str]]]:
     """Every other key of the quantizers but hgq."""
     values = {"decay": 0.5, "compat": "pquantml", "granularity": "tensor", "clip": 2, "threshold": 0.3}
     values |= {"m": 1, "e": 4, "e0": 2, "beta": 0.5, "freeze": False}
-    table: dict[str, tuple[Any, Any, list[str]]] = {}
+    found = "quantization={method: frozen, of: found_4.npz}"
+    table: dict[str, tuple[Any, Any, list[str]]] = {"quantization.frozen.of": ("found_2.npz", _frozen, [found])}
     for section in _sections(_quantizers.Quantization):
         method = _tag(section)
         for key in sorted(section.model_fields.keys() & values.keys()) if method != "hgq" else ():

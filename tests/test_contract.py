@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from pquant_jax import prune, quantize
-from pquant_jax._base import AxisRole, Event, Params, SiteSpec, Stage, State, Transform, View
+from pquant_jax._base import KIF, AxisRole, Event, Params, SiteSpec, Stage, State, Transform, View
 from pquant_jax.constrain import mdmm, metrics, patterns
 from pquant_jax.numerics import total_bits
 from pquant_jax.prune import NM, Block, Cross, ap, autosparse, cs, dst, frozen, magnitude, pdp, wanda
@@ -86,7 +86,7 @@ QUANTIZERS = {n: f for n, f in vars(quantize).items() if inspect.isfunction(f) a
 PRUNING = {name: f for name, f in vars(prune).items() if inspect.isfunction(f) and f.__annotations__["return"] == "Transform"}
 METHODS: dict[str, Callable[[], Transform]] = {
     **{name: least(factory) for name, factory in PRUNING.items()},
-    **{name: functools.partial(factory, SITES) for name, factory in QUANTIZERS.items() if name != "hgq"},
+    **{name: functools.partial(factory, SITES) for name, factory in QUANTIZERS.items() if name not in ("hgq", "frozen")},
     "identity": identity,
     "autosparse": lambda: autosparse(threshold_init=-1.0),
     "autosparse weight": lambda: autosparse(granularity="weight", backward_sparsity=0.5, target=0.5, roles=ROLES),
@@ -123,6 +123,7 @@ METHODS: dict[str, Callable[[], Transform]] = {
     "dynamic": lambda: dynamic(SITES, weights=Format(k=1, i=0, f=3, granularity="channel"), decay=0.1),
     "minifloat": lambda: minifloat(SITES, m=2.0, beta=1e-3, cost=widths),
     "fixed": formats,
+    "frozen formats": lambda: quantize.frozen(SITES, {n: KIF(1, 1, np.arange(s.shape[-1])) for n, s in SITES.items()}),
     "hgq SAT": lambda: trained("SAT", "SAT"),
     "hgq SAT_SYM": lambda: trained("SAT_SYM", "SAT_SYM"),
     "hgq WRAP": lambda: trained("WRAP", "WRAP"),

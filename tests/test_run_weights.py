@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import pquant_jax as pq
-from pquant_jax import config, run
+from pquant_jax import _tree, config, lower, run
 from pquant_jax.cli import main
 from pquant_jax.lower import ir, sim, weight_ports, weights_of
 from pquant_jax.run import _weights
@@ -141,3 +141,26 @@ def test_weights_on_ports_and_the_runs_own(runs, tmp_path):
     made = run.weights(copy, runs / "second", quiet=True)
     assert made["mismatches"] == {"emulator": 0, "rtl_comb": 0, "rtl_pipelined": 0}
     assert words_of(copy / "weights" / "second")
+
+
+def test_trained_formats_and_masks_are_kept_for_another_set(tmp_path):
+    """Of bits and masks that were learned, a second training fits only with those held still."""
+    moving = ["training.epochs={pretrain: 0, train: 4, finetune: 1}", "training.bits_learning_rate=0.3"]
+    learned = [*moving, "quantization={method: hgq, beta: 1e-3}", "pruning={method: dst, alpha: 1e-2}", "hardware.weights=ports"]
+    run.run(experiment("name=learned", *learned), root=tmp_path, quiet=True)
+    made = prepare(experiment(*learned), prepare_data(experiment()))
+    graph = ir.load(tmp_path / "learned" / "graph.npz")
+    own = weights_of(graph, made.inst, *pq.load_final(tmp_path / "learned" / "final.npz", made.inst))
+    assert any((v == 0).mean() > 0.1 for v in own), "nothing was pruned, so masks are not tested"
+    assert len({int(f) for j in weight_ports(graph) for f in np.ravel(graph.nodes[j].attrs["f"])}) > 2, "one format for all"
+    given = [f"quantization={{method: frozen, of: {tmp_path / 'learned'}}}", "seed=1", "hardware.lower=false"]
+    run.run(experiment("name=second", *given), root=tmp_path, quiet=True)
+    view, state = pq.load_final(tmp_path / "second" / "final.npz", made.inst)
+    assert any((a != b).any() for a, b in zip(own, weights_of(graph, made.inst, view, state), strict=True))
+    found = lower.verify(graph, made.inst, view, state, x_test=made.dataset.test.x, vectors=200)
+    assert found["mismatches"]["emulator"] == 0 and found["vectors"] >= 200
+    with pytest.raises(pq.DataError, match="nowhere"):
+        prepare(experiment("quantization={method: frozen, of: nowhere}"), made.dataset)
+    np.savez(tmp_path / "float.npz", **{f"value/{n}": v for n, v in _tree.flatten(made.inst.model.params).items()})
+    with pytest.raises(pq.ConfigError, match="has no format for Dense_0/bias; give a run that was quantized"):
+        prepare(experiment(f"quantization={{method: frozen, of: {tmp_path / 'float.npz'}}}"), made.dataset)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from pquant_jax import _tree, constrain, quantize, transforms
+from pquant_jax import _tree, constrain, prune, quantize, transforms
 from pquant_jax._base import SiteSpec, Transform
 from pquant_jax._errors import ConfigError, did_you_mean
 from pquant_jax.config._beta import beta_value
@@ -17,6 +18,7 @@ from pquant_jax.config._names import named
 from pquant_jax.config._quantizers import Bits, formats_of
 from pquant_jax.config._schema import Experiment
 from pquant_jax.graph import Instrumented
+from pquant_jax.train import load_final
 
 Masks = Callable[[Mapping[str, Any]], dict[str, Any]]
 
@@ -136,12 +138,23 @@ def _absent(metric: Any) -> transforms.Groups:
 def _quantization(section: Any, inst: Instrumented) -> Transform | None:
     if section is None:
         return None
+    if section.method == "frozen":
+        return _frozen(section.of, inst)
     factory = getattr(quantize, section.method)
     formats = {name: format_of(bits) for name in formats_of(section.method) if (bits := getattr(section, name)) is not None}
     given = section.model_dump(exclude={"method", "rules", *formats_of(section.method)})
     given |= {"beta": beta_value(given["beta"])} if "beta" in given else {}
     offered = {"cost": inst.ebops} if "cost" in inspect.signature(factory).parameters else {}
     return factory(inst.sites, rules=_rules(section, inst.sites), **formats, **given, **offered)
+
+
+def _frozen(path: str, inst: Instrumented) -> Transform:
+    """Formats and masks of a final.npz, or of the run that holds it."""
+    where = Path(path) / "final.npz" if Path(path).is_dir() else Path(path)
+    view, _ = load_final(where, inst)
+    if missing := sorted(inst.sites.keys() - view.sites.keys()):
+        raise ConfigError(f"quantization.of is {path!r}, which has no format for {missing[0]}; give a run that was quantized")
+    return transforms.chain(prune.frozen(view.masks), quantize.frozen(inst.sites, view.sites))
 
 
 def quantizer(text: str | Mapping[str, Any], inst: Instrumented) -> Transform:

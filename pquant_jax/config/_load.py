@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from pquant_jax._errors import ConfigError, did_you_mean
 from pquant_jax.config._names import find_file
+from pquant_jax.config._quantizers import Frozen
 from pquant_jax.config._schema import SHORT, Experiment
 
 Loc = tuple[str | int, ...]
@@ -80,7 +81,10 @@ def _absolute(experiment: Experiment) -> Experiment:
         data = data.model_copy(update={"source": str(find_file(data.source, experiment.folders))})
     if training.init is not None:
         training = training.model_copy(update={"init": str(find_file(training.init, experiment.folders))})
-    return experiment.model_copy(update={"data": data, "training": training})
+    quantization = experiment.quantization
+    if isinstance(quantization, Frozen):
+        quantization = quantization.model_copy(update={"of": str(find_file(quantization.of, experiment.folders))})
+    return experiment.model_copy(update={"data": data, "training": training, "quantization": quantization})
 
 
 def read_yaml(text: str, where: str) -> Any:

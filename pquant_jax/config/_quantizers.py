@@ -263,4 +263,12 @@ class Minifloat(Quantizer):
     """Do as HGQ2 does where that differs, to compare with it."""
 
 
-Quantization = Annotated[HGQ | Fixed | Dynamic | Binary | Ternary | Minifloat, Field(discriminator="method")]
+class Frozen(Section):
+    """The formats and masks of a finished run, held still: what is trained fits the weight ports of its netlist."""
+
+    method: Literal["frozen"]
+    of: str
+    """A run of the same model, or its final.npz.  training.init can start from its weights too."""
+
+
+Quantization = Annotated[HGQ | Fixed | Frozen | Dynamic | Binary | Ternary | Minifloat, Field(discriminator="method")]

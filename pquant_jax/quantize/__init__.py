@@ -4,7 +4,7 @@ from pquant_jax.quantize._beta import Beta, pid, piecewise, ramp
 from pquant_jax.quantize._codes import CodesState, binary, ternary
 from pquant_jax.quantize._dynamic import DynamicState, dynamic
 from pquant_jax.quantize._explain import TEMPLATES, explain, template
-from pquant_jax.quantize._fixed import FixedState, fixed
+from pquant_jax.quantize._fixed import FixedState, fixed, frozen
 from pquant_jax.quantize._format import (
     GRANULARITIES,
     KINDS,
@@ -41,6 +41,7 @@ __all__ = [
     "explain",
     "fields_of",
     "fixed",
+    "frozen",
     "hgq",
     "label",
     "minifloat",

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pquant_jax._base import Event, SiteSpec, Stage
+from pquant_jax._base import KIF, Event, SiteSpec, Stage
 from pquant_jax._errors import TransformError
 from pquant_jax.numerics import oracle
-from pquant_jax.quantize import Format, fixed, hgq
+from pquant_jax.quantize import Format, fixed, frozen, hgq
 
 METHODS = pytest.mark.parametrize("method", [fixed, hgq])
 
@@ -128,3 +128,21 @@ def test_weights_that_wrap_do():
     t = fixed(sites, weights=Format(i=0, f=2, k=1, overflow="WRAP"))
     params = t.attach({"w": jnp.float32([0.5, 1.25, -1.5])})
     assert t.apply(params, t.init(params))[0].model["w"].tolist() == [0.5, -0.75, 0.5]
+
+
+def test_frozen_formats_are_those_of_the_other_model(sites, model):
+    found = view_of(hgq(sites, weights=Format(k=1, i=1, f=3, overflow="WRAP")), model).sites
+    bits = np.arange(np.prod(sites["a/kernel"].shape)).reshape(sites["a/kernel"].shape) % 4
+    found["a/kernel"] = KIF(np.ones_like(bits), np.ones_like(bits), bits, "RND", "WRAP")
+    large = {**model, "a": {**model["a"], "kernel": 5 * model["a"]["kernel"]}}
+    made = view_of(frozen(sites, found), large)
+    for name, fmt in made.sites.items():
+        for part in "kif":
+            np.testing.assert_array_equal(getattr(fmt, part), np.float32(getattr(found[name], part)))
+    want = oracle.quantize(large["a"]["kernel"], 1, 1, bits, rounding="RND", overflow="SAT")  # never another sign
+    np.testing.assert_array_equal(made.model["a"]["kernel"], want)
+    assert made.sites["a/input"].overflow == found["a/input"].overflow
+    with pytest.raises(TransformError, match="no site 'a/kernle' for a format; did you mean 'a/kernel'"):
+        frozen(sites, {"a/kernle": found["a/kernel"]})
+    with pytest.raises(TransformError, match=r"has the shape \(2,\), expected the site's \(4, 3\)"):
+        frozen(sites, {"a/kernel": KIF(np.ones(2), np.ones(2), np.ones(2))})
