@@ -268,7 +268,7 @@ class Frozen(Section):
 
     method: Literal["frozen"]
     of: str
-    """A run of the same model, or its final.npz.  training.init can start from its weights too."""
+    """A run of the same model, or its final.npz.  Start from its weights, training.init: few weights from nothing may all die."""
 
 
 Quantization = Annotated[HGQ | Fixed | Frozen | Dynamic | Binary | Ternary | Minifloat, Field(discriminator="method")]
