@@ -94,3 +94,22 @@ def test_a_cutoff_must_be_positive(made):
     backend, comb = made
     with pytest.raises(LoweringError, match="cutoff is -1, expected a positive number"):
         cut(comb, -1, backend)
+
+
+@pytest.mark.parametrize(("seed", "sizes", "cutoff"), [(3, (4, 4, 4), 4.5), (15, (5, 5), 4.5), (16, (4, 4, 4), 5.5)])
+def test_a_fraction_of_an_adder_is_dropped_where_da4ml_would_never_end(seed, sizes, cutoff):
+    """da4ml 0.6.0's own retiming bisects these forever; a stage has no longer path than the cutoff."""
+    from da4ml.trace import HWConfig
+    from da4ml.trace.fixed_variable import FixedVariable
+
+    def longest(part):
+        out = part([FixedVariable(*q, hwconf=HWConfig(1, -1, -1)) for q in part.inp_qint])
+        return max(getattr(v, "latency", 0) for v in out)
+
+    rng, nodes = np.random.default_rng(seed), list[Node]()
+    x = y = port(nodes, (6,), rng)
+    for size in sizes:
+        y = dense(nodes, quantized(nodes, y, rng, ("RND", "SAT")), size, rng, ("RND", "SAT"))
+    comb = da4ml.to_comb(validate(Graph(tuple(nodes), (x,), (y,))))
+    assert da4ml.staged(comb, cutoff) == da4ml.staged(comb, int(cutoff))
+    assert max(map(longest, da4ml._pipelined(comb, cutoff).solutions)) <= cutoff

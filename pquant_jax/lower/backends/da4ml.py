@@ -8,6 +8,7 @@ and SAT_SYM, the others are written with its adders and multiplexers.
 from __future__ import annotations
 
 import decimal
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from pquant_jax.lower.ranges import Interval
 from pquant_jax.lower.rtl import RTLInfo, check_names, describe, whole_folder
 
 if TYPE_CHECKING:
-    from da4ml.types import CombLogic
+    from da4ml.types import CombLogic, Pipeline
 
 INTERPRETER_BITS: Final = 31
 _NARROW_OPCODES: Final = (2, 3, 6)  # relu, wrap, multiplexer: computed in 32 bits, like the ports (-1)
@@ -131,11 +132,40 @@ def predict(comb: CombLogic, x: np.ndarray) -> np.ndarray:
 
 def staged(comb: CombLogic, latency_cutoff: float) -> tuple[int, int, float]:
     """(stages, flip-flops, estimated LUTs) of the netlist with registers at that cutoff, in adder delays; II = 1."""
+    with exact("pipelining"):
+        pipe = _pipelined(comb, latency_cutoff)
+    return len(pipe.solutions), int(pipe.reg_bits), float(pipe.cost)
+
+
+def _pipelined(comb: CombLogic, latency_cutoff: float) -> Pipeline:
+    """The netlist in stages, those made as short as they can be without one more of them.
+
+    A path is a whole number of adders, so the fraction of a cutoff is dropped: da4ml would give the stages behind the first
+    one adder too many for it.  Stages are balanced here by da4ml's own search over whole cutoffs, because da4ml 0.6.0 never
+    ends where the middle of its bounds is not above the lower one.
+    """
+    from da4ml.trace import HWConfig, comb_trace
+    from da4ml.trace.fixed_variable import FixedVariable
     from da4ml.trace.pipeline import to_pipeline
 
-    with exact("pipelining"):
-        pipe = to_pipeline(comb, latency_cutoff, verbose=False)
-    return len(pipe.solutions), int(pipe.reg_bits), float(pipe.cost)
+    if all(float(op.latency).is_integer() for op in comb.ops):
+        latency_cutoff = max(math.floor(latency_cutoff + 1e-9), 1)
+    first = best = to_pipeline(comb, latency_cutoff, retiming=False, verbose=False)
+    stages = len(first.solutions)
+    low = max(first.out_latencies) / stages  # no cutoff below it has so few stages
+    high = max(max(part.out_latency) / n for n, part in enumerate(first.solutions, 1))
+    while high - low > 1 and (middle := (high + low) // 2) > low:
+        given = HWConfig(comb.adder_size, comb.carry_size, middle)
+        ports = [FixedVariable(*q, hwconf=given) for q in first.inp_qint]
+        try:
+            made = to_pipeline(comb_trace(ports, list(first(ports))), middle, retiming=False, verbose=False)
+        except AssertionError:  # an operator that is longer than the cutoff
+            made = None
+        if made is None or len(made.solutions) > stages:
+            low = middle
+        else:
+            best, high = made, middle
+    return best
 
 
 def longest(comb: CombLogic) -> float:
@@ -162,9 +192,8 @@ def write_rtl(
     check_names(name, flavor, RESERVED)
     with whole_folder(directory, overwrite=overwrite) as partial, exact("writing RTL"):
         from da4ml.codegen import RTLModel
-        from da4ml.trace.pipeline import to_pipeline
 
-        pipe = to_pipeline(comb, latency_cutoff, verbose=False) if latency_cutoff > 0 else None
+        pipe = _pipelined(comb, latency_cutoff) if latency_cutoff > 0 else None
         model = RTLModel(pipe or comb, name, partial, flavor=flavor, print_latency=False)
         model.write()
         comb.save(partial / "model" / "comb.json")
