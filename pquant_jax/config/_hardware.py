@@ -64,8 +64,8 @@ class Hardware(Section):
     """The latest that an output may come, with as few registers as that takes; the clock that follows replaces clock_period.
     null: as the clock gives."""
     latency_cutoff: Positive | None = None
-    """The longest path between two registers, in the backend's units (da4ml: adders, alkaid: ns); null: clock_period, at 1 ns
-    a unit."""
+    """The longest path between two registers, in the backend's units (da4ml: adders, whose fractions are dropped; alkaid: ns);
+    null: clock_period, at 1 ns a unit."""
     vhdl: bool = True
     """Write VHDL beside the Verilog."""
     simulate: bool = True
