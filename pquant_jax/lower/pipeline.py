@@ -83,7 +83,8 @@ def pipeline(
     elif latency_cycles is not None:
         found = _shortest(at, fits, longest)
     else:
-        cutoffs = [longest / n for n in range(1, 65)]  # n stages of equal length; more than 64 are no faster
+        equal = [longest / n for n in range(1, 65)]  # n stages of equal length; more than 64 are no faster
+        cutoffs = sorted({*equal, *map(math.ceil, equal)}, reverse=True)  # whole ones too: a package may count whole adders
         found = next((made for made in map(at, cutoffs) if fits(made)), at(cutoffs[-1]))
     if not fits(found):
         raise LoweringError(
