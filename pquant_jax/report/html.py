@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from pquant_jax._errors import DataError
+from pquant_jax.report._cost import SHOWN
 from pquant_jax.report._text import ABSENT, CSS, is_number, number, pairs, percent, score, seconds, table
 from pquant_jax.report._types import Profile, bits
 
@@ -34,7 +35,6 @@ CAPTIONS: Final = {
     "kernel_bits": "One cell is one weight: the darker, the wider its multiplier; pruned weights are pale orange and cost "
     "nothing.",
 }
-CELLS: Final = ("lut", "ff", "carry", "dsp")
 SMALL: Final = ("confusion", "roc", "kernel_bits")  # pictures that stand side by side
 ENGINES: Final = {
     "emulator": "emulator",
@@ -236,10 +236,10 @@ def _cells(estimated: Sequence[Mapping[str, Any]], counted: Sequence[Mapping[str
         return ""
     given = {kind: rows for kind, rows in (("estimate", estimated), ("Yosys", counted)) if rows}
     layers = [{str(row["layer"]): row for row in rows[:-1]} for rows in given.values()]
-    head = ("layer", *(f"{cell.upper()}, {kind}" for cell in CELLS for kind in given))
+    head = ("layer", *(f"{label}, {kind}" for _, label in SHOWN for kind in given))
 
     def line(name: str, found: Sequence[Mapping[str, Any] | None]) -> list[str]:
-        return [name, *(ABSENT if row is None else number(round(row[cell])) for cell in CELLS for row in found)]
+        return [name, *(ABSENT if row is None else number(round(row[cell])) for cell, _ in SHOWN for row in found)]
 
     names = dict.fromkeys(name for own in layers for name in own)
     lines = [line(html.escape(name), [own.get(name) for own in layers]) for name in names]

@@ -44,7 +44,6 @@ from pquant_jax.run._robust import sensitivity
 TESTBENCH: Final = 500  # vectors of the test set in a written project, and as many random ones
 SOURCE: Final = "samples of the data, then random codes of the whole port"
 SWEEP: Final = (0.4, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0)  # times the run's own latency cutoff
-CELLS: Final = ("lut", "ff", "dsp", "carry")
 LOADED: Final = 1000  # vectors that the register file is compared on, at power-up and after loading
 
 
@@ -76,8 +75,7 @@ def lower_model(job: Job) -> None:
     _remove_old(job.folder)
     for old in ("layer_cost", "layer_cells", "pipelines"):
         job.summary.pop(old, None)
-    graph, weights = _traced(job)
-    fixed = loaded(graph, weights) if weights else graph
+    graph, weights, fixed = _traced(job)
     experiment = job.prepared.experiment
     inputs = vectors_of(fixed, job.prepared.inst, job.prepared.dataset.test.x, experiment.hardware.vectors, experiment.seed)
     if experiment.hardware.backend is None:
@@ -106,8 +104,8 @@ def _remove_old(folder: Path) -> None:
         old.unlink()
 
 
-def _traced(job: Job) -> tuple[Graph, list[np.ndarray]]:
-    """The graph of the model, written, and what its weight ports take: nothing for constants."""
+def _traced(job: Job) -> tuple[Graph, list[np.ndarray], Graph]:
+    """The graph of the model, written; what its weight ports take, nothing for constants; and the graph with that in it."""
     prepared, summary = job.prepared, job.summary
     with phase(job.log, "lower") as remarks:
         graph = trace(prepared.inst, job.view, job.model_state, **prepared.experiment.hardware.traced)
@@ -120,7 +118,7 @@ def _traced(job: Job) -> tuple[Graph, list[np.ndarray]]:
         remarks.append(f"{len(graph.nodes)} nodes, emulated test {prepared.metric.name} {value:.4f}")
         if not weights and prepared.experiment.hardware.backend:
             remarks.append(f"{summary['channels']['dead']} of {total} channels dead, which the netlist leaves out")
-    return graph, weights
+    return graph, weights, fixed
 
 
 def emulated_score(job: Job, graph: Graph) -> float:
@@ -157,11 +155,11 @@ def _count_cells(job: Job, graph: Graph, found: Netlist, counted: RTLInfo) -> No
 
     with phase(job.log, "synth") as remarks:
         cells = synth.synth(counted)
-        job.summary["cost"] |= {key: cells[key] for key in CELLS}
+        job.summary["cost"] |= {key: cells[key] for key in cost.CELLS}
         remarks.append(", ".join(f"{cells[key]:,} {key.upper()}" for key in ("lut", "ff", "dsp")))
         if not weight_ports(graph):
             rows = cost.synthesize_layers(graph, backend_of(job.prepared), cutoff=found.cut.cutoff)
-            rows = [{key: row[key] for key in ("layer", *CELLS)} for row in [*rows, {"layer": "total", **cells}]]
+            rows = [{key: row[key] for key in ("layer", *cost.CELLS)} for row in [*rows, {"layer": "total", **cells}]]
             job.summary["layer_cells"] = rows
             remarks.append(f"{len(rows) - 1} layers counted alone too")
 
